@@ -1,0 +1,143 @@
+"""Checkpoints on disk: which folders are complete, which is the latest, and how one comes and goes.
+
+    latest                       the name of the checkpoint to resume from
+    step_00000010/               complete: it has this name only after everything in it, manifest.json last, is on disk
+    step_00000020.partial/       being written, or being removed; the next save deletes it
+    step_00000010.replaced/      the older save of a step that is being saved again, until the new one has its name
+
+Only renames change what a reader sees, so a kill at any moment leaves the old state or the new one. Functions that
+change the disk are called by one rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+FORMAT = 1
+_MANIFEST = "manifest.json"
+_LATEST = "latest"
+_STEP = re.compile(r"step_(\d{8,})(?:\.replaced)?")
+
+
+def step_path(folder: Path, step: int) -> Path:
+    """Where the complete checkpoint of `step` lies."""
+    return folder / f"step_{step:08d}"
+
+
+def partial_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies while it is written."""
+    return folder / f"step_{step:08d}.partial"
+
+
+def read_manifest(path: Path) -> dict:
+    """The manifest of the checkpoint at `path`: format, step, metadata, files and tensors.
+
+    Raises ValueError where there is none, or one of another format.
+    """
+    try:
+        manifest = json.loads((Path(path) / _MANIFEST).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a complete checkpoint: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{path}/{_MANIFEST} is not of format {FORMAT}, the one that this version reads")
+    return manifest
+
+
+def latest(folder: Path) -> Path | None:
+    """The checkpoint to resume from: the one that `folder/latest` names, else the complete one of the highest step.
+
+    None if there is no complete checkpoint. To resume from an older one, write its name into `folder/latest`.
+    """
+    complete = _complete(Path(folder))
+    pointer = Path(folder) / _LATEST
+    named = _STEP.fullmatch(pointer.read_text(errors="replace").strip()) if pointer.is_file() else None
+    if named and int(named[1]) in complete:
+        return complete[int(named[1])]
+    return complete[max(complete)] if complete else None
+
+
+def check_file(path: Path, size: int, sha256: str | None) -> None:
+    """Raises ValueError, naming the file, if it is missing, of another size or, unless None, of another sha256."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    if path.stat().st_size != size:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, not the {size} that were saved")
+    if sha256 is not None:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+        if digest.hexdigest() != sha256:
+            raise ValueError(f"{path} is damaged: its sha256 is not the one that was saved")
+
+
+def begin(folder: Path, step: int) -> None:
+    """Clear away what killed saves left behind and make the folder to write `step` into."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in sorted(folder.glob("step_*.partial")):
+        shutil.rmtree(stale, ignore_errors=True)
+    for replaced in sorted(folder.glob("step_*.replaced")):
+        if replaced.with_suffix("").exists():
+            _discard(replaced)
+        else:
+            replaced.rename(replaced.with_suffix(""))
+    partial_path(folder, step).mkdir()
+
+
+def commit(folder: Path, step: int, manifest: dict, keep: int) -> None:
+    """Turn the finished partial folder of `step` into the latest checkpoint; of the others leave `keep` - 1, if > 0."""
+    partial, final = partial_path(folder, step), step_path(folder, step)
+    replaced = final.with_suffix(".replaced")
+    _write_synced(partial / _MANIFEST, json.dumps(manifest))
+    _sync_folder(partial)
+    if final.exists():
+        final.rename(replaced)
+    partial.rename(final)
+    _sync_folder(folder)
+    _write_synced(folder / f"{_LATEST}.new", final.name + "\n")
+    os.replace(folder / f"{_LATEST}.new", folder / _LATEST)
+    _sync_folder(folder)
+    if replaced.exists():
+        _discard(replaced)
+    if keep > 0:
+        others = sorted(_complete(folder).keys() - {step})
+        for other in others[: max(0, len(others) - keep + 1)]:
+            _discard(step_path(folder, other))
+
+
+def _complete(folder: Path) -> dict[int, Path]:
+    """The complete checkpoint of each step; where a kill left no other, the one that was being replaced."""
+    found: dict[int, Path] = {}
+    for path in sorted(folder.glob("step_*"), reverse=True):  # "step_1.replaced" before "step_1", which wins
+        name = _STEP.fullmatch(path.name)
+        if name and (path / _MANIFEST).is_file():
+            found[int(name[1])] = path
+    return found
+
+
+def _discard(path: Path) -> None:
+    # Renamed first: a kill halfway through the removal must not leave something that looks complete. What cannot be
+    # removed now (NFS, while another process has a file open) is no reason to fail a save; the next one tries again.
+    doomed = path.rename(path.with_name(path.name + ".partial"))
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """Put renames and new files on disk; without it a power failure, though not a kill, could undo their order."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

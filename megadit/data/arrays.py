@@ -1,0 +1,75 @@
+"""A data set in one `.npz` file: `images` [N, H, W] or [N, C, H, W] and `captions` [N], an array of text.
+
+The smallest way to train on something of one's own. Nothing is unpickled: captions must be a unicode array.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megadit.runtime.seed import stream
+
+HELDOUT_FRACTION = 10
+
+
+@cache
+def _read(path: str) -> tuple[Tensor, list[str]]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images, captions = torch.from_numpy(file["images"].astype(np.float32)), file["captions"]
+    except OSError as error:
+        raise ValueError(f"data.path={path}: {error.strerror or error}") from error
+    except KeyError as error:
+        raise ValueError(f"data.path={path}: {error.args[0]} (the arrays needed are images and captions)") from error
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"data.path={path}: not a readable .npz file ({error})") from error
+    if captions.dtype.kind != "U" or len(captions) != len(images) or images.ndim not in (3, 4):
+        raise ValueError(
+            f"data.path={path}: images must be [N, H, W] or [N, C, H, W] and captions [N] unicode; "
+            f"got images {tuple(images.shape)} and captions {captions.shape} of type {captions.dtype}"
+        )
+    empty = [i for i, caption in enumerate(captions) if not caption.strip()]
+    if empty:
+        raise ValueError(f"data.path={path}: {len(empty)} captions are empty, the first at index {empty[0]}")
+    return images if images.ndim == 4 else images[:, None], [str(caption) for caption in captions]
+
+
+class Arrays:
+    """One split, "train" or "heldout" (one sample in ten)."""
+
+    def __init__(self, split: str, path: str) -> None:
+        """Raises ValueError naming the file when it cannot be read or its arrays do not fit."""
+        images, captions = _read(path)
+        order = torch.randperm(len(captions), generator=stream(0, "split"))
+        num_heldout = max(1, len(captions) // HELDOUT_FRACTION)
+        chosen = order[num_heldout:] if split == "train" else order[:num_heldout]
+        self.images_NCHW, self.captions = images[chosen], [captions[i] for i in chosen.tolist()]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        return tuple(self.images_NCHW.shape[1:])  # type: ignore[return-value]
+
+    def images(self, ids_B: Tensor) -> Tensor:
+        """[B, C, H, W] as stored."""
+        return self.images_NCHW[ids_B]
+
+    def caption(self, index: int, generator: torch.Generator) -> str:
+        """The sample's one caption."""
+        return self.captions[index]
+
+    def corpus(self) -> list[str]:
+        """The split's captions."""
+        return self.captions
+
+    def prompts(self, count: int) -> list[str]:
+        """The first `count` captions, repeated if there are fewer."""
+        return [self.captions[i % len(self)] for i in range(count)]

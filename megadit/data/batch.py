@@ -1,0 +1,23 @@
+"""One rank's samples of one step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B consecutive samples of the global batch. Everything random about a sample is keyed by its id.
+
+    sample_ids_B: int64. latents_BCHW: float32, about unit variance. text_ids_BL: int64; text_mask_BL: True at tokens.
+    """
+
+    sample_ids_B: Tensor
+    latents_BCHW: Tensor
+    text_ids_BL: Tensor
+    text_mask_BL: Tensor
+
+    def __len__(self) -> int:
+        return len(self.sample_ids_B)

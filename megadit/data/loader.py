@@ -1,0 +1,102 @@
+"""Batches as a pure function of (seed, step): resuming is one number, and every layout reads the same samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from megadit.data.arrays import Arrays
+from megadit.data.batch import Batch
+from megadit.data.digits import Digits
+from megadit.encoders.tokenizer import Tokenizer
+from megadit.runtime.seed import stream
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The data set, the samples of one optimizer step over all ranks, and those of one forward pass on one rank."""
+
+    kind: Literal["digits", "arrays"] = "digits"
+    path: str = ""  # arrays: the .npz file
+    global_batch: int = 256
+    micro_batch: int = 32
+
+
+class Dataset(Protocol):
+    """What the loader needs of a data set's split."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+
+    def images(self, ids_B: Tensor) -> Tensor:
+        """float32 [B, C, H, W]."""
+
+    def caption(self, index: int, generator: torch.Generator) -> str:
+        """A caption of sample `index`; whatever is random about it comes from `generator`."""
+
+    def corpus(self) -> list[str]:
+        """Texts that a tokenizer is trained on."""
+
+    def prompts(self, count: int) -> list[str]:
+        """Captions to sample pictures from."""
+
+
+def open_dataset(config: DataConfig, split: str) -> Dataset:
+    """The "train" or "heldout" split. Raises ValueError naming the file when it cannot be read."""
+    if config.kind == "arrays":
+        return Arrays(split, config.path)
+    return Digits(split)
+
+
+def sample_ids(seed: int, step: int, dataset_size: int, global_batch: int) -> Tensor:
+    """The indices of one step's global batch, [global_batch]: each epoch is a permutation of its own.
+
+    Steps count from 1. A batch may reach over the end of an epoch.
+    """
+    position = torch.arange((step - 1) * global_batch, step * global_batch)
+    epoch, index = position // dataset_size, position % dataset_size
+    ids = torch.empty_like(position)
+    for number in epoch.unique().tolist():
+        order = torch.randperm(dataset_size, generator=stream(seed, "epoch", number))
+        ids[epoch == number] = order[index[epoch == number]]
+    return ids
+
+
+class Loader:
+    """One data-parallel rank's share of each step: consecutive samples of the global batch."""
+
+    def __init__(
+        self, dataset: Dataset, tokenizer: Tokenizer, length: int, seed: int, global_batch: int, rank: int, size: int
+    ) -> None:
+        """`length`: tokens of a caption. `rank` and `size` are those of the data-parallel group."""
+        self.dataset, self.tokenizer, self.length, self.seed = dataset, tokenizer, length, seed
+        self.global_batch, self.rank, self.size = global_batch, rank, size
+
+    def batch(self, step: int) -> Batch:
+        """This rank's batch of a training step (from 1)."""
+        ids = sample_ids(self.seed, step, len(self.dataset), self.global_batch)
+        return self._read(ids.chunk(self.size)[self.rank], step)
+
+    def heldout(self) -> list[tuple[Batch, Tensor]]:
+        """This rank's share of the whole split, in batches of the training shape, each with a weight per sample, [B].
+
+        The last batch is filled up with samples of weight zero. Captions do not change from call to call.
+        """
+        total = len(self.dataset)
+        batches = []
+        for begin in range(0, total, self.global_batch):
+            position = torch.arange(begin, begin + self.global_batch).chunk(self.size)[self.rank]
+            batches.append((self._read(position % total, 0), (position < total).float()))
+        return batches
+
+    def _read(self, ids_B: Tensor, step: int) -> Batch:
+        captions = [
+            self.dataset.caption(index, stream(self.seed, "caption", step, index)) for index in ids_B.tolist()
+        ]
+        return Batch(ids_B, self.dataset.images(ids_B), *self.tokenizer.encode(captions, self.length))

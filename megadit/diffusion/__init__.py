@@ -1,0 +1,1 @@
+"""Rectified flow: objective, timesteps, samplers, guidance. Imports torch only; the network is a callable."""

@@ -1,0 +1,1 @@
+"""Text and image encoders that do not train: used by data and sampling."""

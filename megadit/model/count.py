@@ -1,0 +1,52 @@
+"""Floating-point operations of the network, in closed form: what throughput and the balance of stages are reckoned in.
+
+Only matrix products count, two operations per multiply-add, as torch's FlopCounterMode counts them.
+"""
+
+from __future__ import annotations
+
+from megadit.model.block import MODULATION_OUTPUTS
+from megadit.model.config import ECDiTConfig
+from megadit.model.embed import TIME_FREQUENCIES
+from megadit.model.text import TextConfig
+
+
+def layer_flops(config: ECDiTConfig, text: TextConfig, layer: int) -> float:
+    """Forward FLOPs of one layer for one image."""
+    tokens, width = config.tokens, config.width
+    query, key_value = config.heads * config.head_width, config.kv_heads * config.head_width
+    self_attention = tokens * width * (2 * query + 2 * key_value) + 2 * tokens * tokens * query
+    cross_attention = (
+        2 * tokens * width * query + 2 * text.length * text.width * key_value + 2 * tokens * text.length * query
+    )
+    modulation = MODULATION_OUTPUTS[config.modulation] * width * width
+    if config.is_moe(layer):
+        picks = config.experts * config.capacity(tokens)
+        feedforward = tokens * width * config.experts + picks * 2 * width * config.hidden
+    else:
+        feedforward = tokens * 2 * width * config.hidden
+    return 2.0 * (self_attention + cross_attention + modulation + feedforward)
+
+
+def end_flops(config: ECDiTConfig, text: TextConfig) -> tuple[float, float]:
+    """Forward FLOPs of the first part (patches, time, text) and of the last (modulation, head) for one image."""
+    pixels = config.channels * config.patch**2
+    time = TIME_FREQUENCIES * config.width + config.width**2
+    encoder = text.layers * (text.length * 12 * text.width**2 + 2 * text.length**2 * text.width)
+    first = config.tokens * pixels * config.width + time + encoder
+    last = 2 * config.width**2 + config.tokens * config.width * pixels
+    return 2.0 * first, 2.0 * last
+
+
+def stage_costs(config: ECDiTConfig, text: TextConfig) -> list[float]:
+    """Forward FLOPs per layer, with the two ends added to the first and the last layer: what stages are balanced by."""
+    costs = [layer_flops(config, text, layer) for layer in range(config.layers)]
+    first, last = end_flops(config, text)
+    costs[0] += first
+    costs[-1] += last
+    return costs
+
+
+def forward_flops(config: ECDiTConfig, text: TextConfig) -> float:
+    """Forward FLOPs of the network for one image; a training step takes three times that."""
+    return sum(stage_costs(config, text))

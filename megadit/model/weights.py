@@ -1,0 +1,33 @@
+"""How each parameter starts, and which ones decay: two tables by name."""
+
+from __future__ import annotations
+
+import math
+
+from megadit.model.config import ECDiTConfig
+from megadit.parallel.init import Constant, Init, Normal, Xavier
+
+
+def init_of(name: str, config: ECDiTConfig) -> Init:
+    """The initial distribution of the parameter of this global name.
+
+    adaLN-Zero (DiT): modulation and head start at zero. Projections back into the residual stream are scaled down
+    with depth, since without gates nothing else holds the stream's variance (GPT-2's rule, for three adds a layer).
+    """
+    if name.endswith(".bias"):
+        return Constant(0.0)
+    if name.endswith("norm.weight"):
+        return Constant(1.0)
+    if name.endswith("modulation.linear.weight") or name == "head.linear.weight":
+        return Constant(0.0)
+    if name in ("embed.text.tokens", "embed.text.positions") or name.startswith("embed.time"):
+        return Normal(0.02)
+    if name.startswith("blocks.") and name.endswith((".out.weight", ".down.weight", ".down")):
+        return Xavier(gain=1 / math.sqrt(3 * config.layers))
+    return Xavier()
+
+
+def decays(name: str) -> bool:
+    """Whether weight decay applies: not to norms, biases and embeddings."""
+    is_embedding = name in ("embed.text.tokens", "embed.text.positions")
+    return not (name.endswith(".bias") or name.endswith("norm.weight") or is_embedding)

@@ -1,0 +1,118 @@
+"""Where this process stands among the others: reads what torchrun, the deepspeed launcher or srun left in the environment.
+
+A process started by none of them is a world of one, on the same code path: it too has a process group.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process: its rank, the number of processes, its rank on its node, and its device."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes files and speaks."""
+        return self.rank == 0
+
+
+def discover(environ: Mapping[str, str]) -> tuple[int, int, int]:
+    """(rank, world_size, local_rank) from the launcher's environment variables.
+
+    Order: RANK and WORLD_SIZE (torchrun, deepspeed), then SLURM_PROCID and SLURM_NTASKS when srun started this
+    process (SLURM_STEP_ID; a bare sbatch script carries SLURM_NTASKS too, but is one process), else (0, 1, 0).
+    Raises ValueError when only half of a pair is set, or when the rank is not below the world size.
+    """
+    for rank_key, world_key, local_key in (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    ):
+        if rank_key.startswith("SLURM") and "SLURM_STEP_ID" not in environ:
+            continue
+        present = [key for key in (rank_key, world_key) if key in environ]
+        if len(present) == 1:
+            missing = world_key if present[0] == rank_key else rank_key
+            raise ValueError(f"the environment sets {present[0]} but not {missing}; a launcher sets both")
+        if present:
+            rank, world_size = int(environ[rank_key]), int(environ[world_key])
+            if not 0 <= rank < world_size:
+                raise ValueError(f"{rank_key}={rank} is not below {world_key}={world_size}")
+            return rank, world_size, int(environ.get(local_key, "0"))
+    return 0, 1, 0
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a SLURM node list.
+
+    >>> first_host("gpu[007-012,020],login1"), first_host("node3"), first_host("a-1,b-2")
+    ('gpu007', 'node3', 'a-1')
+    """
+    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\])?", nodelist)
+    if match is None:
+        raise ValueError(f"cannot read a host name from SLURM_JOB_NODELIST={nodelist!r}; set MASTER_ADDR")
+    return match[1] + (match[2] or "")
+
+
+def rendezvous(environ: Mapping[str, str]) -> tuple[str, int]:
+    """(address, port) of rank 0. Under srun the address is the job's first node and the port follows the job's id."""
+    if "MASTER_ADDR" in environ:
+        address = environ["MASTER_ADDR"]
+    elif "SLURM_JOB_NODELIST" in environ:
+        address = first_host(environ["SLURM_JOB_NODELIST"])
+    else:
+        raise ValueError("several processes, but MASTER_ADDR is not set: start with torchrun, deepspeed or srun")
+    default_port = 20000 + int(environ.get("SLURM_JOB_ID", "9500")) % 20000
+    return address, int(environ.get("MASTER_PORT", default_port))
+
+
+@contextmanager
+def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Process]:
+    """Join the others (NCCL where there is a CUDA device, else gloo), yield this `Process`, leave at the end.
+
+    DeepSpeed picks its accelerator from DS_ACCELERATOR, so that is set here too, before anything imports it.
+    """
+    rank, world_size, local_rank = discover(os.environ)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        backend = "nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    if world_size == 1:
+        store: dist.Store = dist.HashStore()
+    else:
+        address, port = rendezvous(os.environ)
+        # torchrun's agent already serves the store on MASTER_PORT; everyone is a client then.
+        agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        store = dist.TCPStore(address, port, world_size, is_master=rank == 0 and not agent_serves, timeout=timeout)
+        # A restarted group must not read the keys of the group before it.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"megadit/{attempt}", store)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=device if backend == "nccl" else None,
+    )
+    try:
+        yield Process(rank, world_size, local_rank, device)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,77 @@
+"""The entry point: python -m megadit.train --config X.yaml [section.key=value ...]
+
+Started by torchrun, the deepspeed launcher, srun, or by itself as one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch.distributed as dist
+
+from megadit.runtime.launch import Process, process_group
+from megadit.runtime.log import setup_logging
+from megadit.training.build import Inputs, build_run, read_inputs
+from megadit.training.config import RunConfig, check, describe, load_config
+from megadit.training.loop import resume, train
+
+BAD_INPUT = 2  # exit status
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m megadit.train",
+        description="Train an EC-DiT. A run that was stopped goes on from its newest checkpoint, by the same command.",
+        epilog="sections and keys, with their defaults:\n" + describe(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="X.yaml", help="the run's configuration")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="what differs from the file")
+    return parser.parse_intermixed_args(argv)
+
+
+def agree(process: Process, fault: str | None) -> bool:
+    """Whether no rank found a fault; if some did, the lowest of them says what. Collective."""
+    faults: list[str | None] = [None] * process.world_size
+    dist.all_gather_object(faults, fault)
+    speaker = next((rank for rank, message in enumerate(faults) if message is not None), None)
+    if speaker == process.rank:
+        print(f"megadit: {fault}", file=sys.stderr, flush=True)  # noqa: T201 (the one message of a refused start)
+    dist.barrier()  # launchers end everyone when the first process exits, so exit after the message
+    return speaker is None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train. Returns the exit status: 0, or 2 when the input was refused before anything was written."""
+    args = arguments(argv)
+    with process_group() as process:
+        setup_logging(process.rank)
+        config: RunConfig | None = None
+        inputs: Inputs | None = None
+        fault = None
+        try:
+            config = load_config(args.config, args.overrides)
+            layout = check(config, process.world_size)
+            inputs = read_inputs(config)
+        except ValueError as error:
+            fault = str(error)
+        if not agree(process, fault):
+            return BAD_INPUT
+        assert config is not None and inputs is not None
+        run = build_run(config, layout, inputs, process)
+        start = 0
+        try:
+            start = resume(run)
+        except ValueError as error:
+            fault = str(error)
+        if not agree(process, fault):
+            return BAD_INPUT
+        train(run, start)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,294 @@
+"""One run's configuration: frozen dataclasses, each beside what it configures, read from YAML and overrides.
+
+Unknown keys are errors that name the nearest known one. Rules between sections are a list of small predicates, each
+with a message that says what to change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from megadit.data.loader import DataConfig
+from megadit.diffusion.objective import ObjectiveConfig
+from megadit.model.config import PRESETS, ECDiTConfig
+from megadit.model.text import TextConfig
+from megadit.parallel.grid import Layout, ParallelConfig
+from megadit.sampling.generate import SampleConfig
+from megadit.training.ema import EmaConfig
+from megadit.zero import OptimConfig, ZeroConfig
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """The run itself."""
+
+    name: str = "run"
+    dir: str = ""  # empty: runs/<name>
+    seed: int = 0
+    steps: int = 1000
+    dtype: Literal["float32", "float64"] = "float32"
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """A checkpoint every so many steps and at the end; the newest `keep` stay (0: all)."""
+
+    every: int = 500
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """metrics.jsonl is always written; these say how often the held-out split is looked at and pictures are drawn."""
+
+    evaluate_every: int = 500  # steps; 0: never
+    sample_every: int = 500  # steps; 0: never
+    samples: int = 40
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything about a run. `resolved` in config.yaml means: presets expanded, defaults written out."""
+
+    run: RunSection = field(default_factory=RunSection)
+    model: ECDiTConfig = field(default_factory=ECDiTConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def directory(self) -> Path:
+        """Where the run writes."""
+        return Path(self.run.dir or f"runs/{self.run.name}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.run.dtype]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, as YAML and JSON take them."""
+        plain = dataclasses.asdict(self)
+        plain["optim"]["betas"] = list(plain["optim"]["betas"])
+        return plain
+
+
+SECTIONS: dict[str, type] = typing.get_type_hints(RunConfig)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration of a YAML file with `section.key=value` overrides on top.
+
+    Raises ValueError, with the file or the key and what to change, for a file that cannot be read, an unknown
+    section or key, and a value of the wrong type.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {path}: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"config {path}: expected sections ({', '.join(SECTIONS)}), found {type(raw).__name__}")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        section, dot, name = key.partition(".")
+        if not (equals and dot and section and name):
+            raise ValueError(f"override {override!r} is not of the form section.key=value")
+        check_known(section, SECTIONS, "section")
+        raw[section] = {**(raw.get(section) or {}), name: yaml.safe_load(value) if value else ""}
+    return parse(raw, str(path))
+
+
+def parse(raw: Mapping[str, Any], source: str) -> RunConfig:
+    """A RunConfig from nested plain data; `source` names it in errors. Raises ValueError."""
+    expanded = {}
+    for section, values in raw.items():
+        check_known(section, SECTIONS, "section")
+        values = values or {}
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{source}: section {section} must hold keys, found {values!r}")
+        fields = [f.name for f in dataclasses.fields(SECTIONS[section])]
+        for key in values:
+            check_known(key, fields, "key", prefix=f"{section}.")
+        expanded[section] = dict(values)
+    preset = expanded.get("model", {}).get("preset")
+    if preset:
+        check_known(preset, PRESETS, "model.preset")
+        expanded["model"] = {**PRESETS[preset], **expanded["model"]}
+    try:
+        return TypeAdapter(RunConfig).validate_python(expanded)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{source}: {key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
+
+
+def check_known(name: object, known: Sequence[str] | Mapping[str, Any], what: str, prefix: str = "") -> None:
+    """Raises ValueError naming the nearest known name."""
+    if name in known:
+        return
+    nearest = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.0)
+    raise ValueError(f"unknown {what} {prefix}{name}; the nearest is {prefix}{nearest[0]}")
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved configuration as YAML that `load_config` reads back."""
+    path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+
+
+def describe() -> str:
+    """Every section and key with its default: the body of --help."""
+    lines = []
+    for section, kind in SECTIONS.items():
+        values = ", ".join(f"{f.name}={getattr(kind(), f.name)!r}" for f in dataclasses.fields(kind))
+        lines.append(f"  {section}: {values}")
+    return "\n".join(lines)
+
+
+# --- rules between sections -------------------------------------------------------------------------------------------
+# Each takes the configuration and the number of processes and yields a message for each fault, saying what to change.
+
+Rule = Callable[[RunConfig, int], Iterator[str]]
+
+
+def _join(values: Sequence[int]) -> str:
+    """1, 2 or 4."""
+    head, last = [str(value) for value in values[:-1]], str(values[-1])
+    return f"{', '.join(head)} or {last}" if head else last
+
+
+def _cut_by_tensor(config: RunConfig) -> dict[str, int]:
+    """What the tensor degree must divide, by the name of its key."""
+    model = config.model
+    cut = {"model.heads": model.heads, "model.kv_heads": model.kv_heads, "model.width": model.width}
+    if model.experts:
+        cut["model.experts"] = model.experts
+    if config.parallel.sequence:
+        cut["the tokens of an image (model.image_size / model.patch)^2"] = model.tokens
+    return cut
+
+
+def tensor_divides(config: RunConfig, world_size: int) -> Iterator[str]:
+    degree, cut = config.parallel.tensor, _cut_by_tensor(config)
+    wrong = [f"{key}={size}" for key, size in cut.items() if size % degree]
+    if wrong:
+        allowed = [d for d in range(1, max(cut.values()) + 1) if all(size % d == 0 for size in cut.values())]
+        yield f"parallel.tensor={degree} does not divide {' and '.join(wrong)}; use {_join(allowed)}"
+
+
+def experts_divide(config: RunConfig, world_size: int) -> Iterator[str]:
+    experts, tensor, expert = config.model.experts, config.parallel.tensor, config.parallel.expert
+    if experts == 0 and expert > 1:
+        yield f"parallel.expert={expert}, but the model is dense (model.experts=0); use parallel.expert=1"
+    elif experts % tensor == 0 and experts % (tensor * expert):
+        allowed = [d for d in range(1, experts + 1) if experts % (tensor * d) == 0]
+        yield (
+            f"parallel.expert={expert} times parallel.tensor={tensor} does not divide model.experts={experts}; "
+            f"use parallel.expert={_join(allowed)}"
+        )
+
+
+def heads_share(config: RunConfig, world_size: int) -> Iterator[str]:
+    heads, kv_heads = config.model.heads, config.model.kv_heads
+    if heads % kv_heads:
+        allowed = [d for d in range(1, heads + 1) if heads % d == 0]
+        yield f"model.kv_heads={kv_heads} does not divide model.heads={heads}; use {_join(allowed)}"
+    if config.text.width % config.text.heads:
+        allowed = [d for d in range(1, 65) if config.text.width % d == 0]
+        yield f"text.heads={config.text.heads} does not divide text.width={config.text.width}; use {_join(allowed)}"
+
+
+def patches_fit(config: RunConfig, world_size: int) -> Iterator[str]:
+    size, patch = config.model.image_size, config.model.patch
+    if size % patch:
+        allowed = [d for d in range(1, size + 1) if size % d == 0]
+        yield f"model.patch={patch} does not divide model.image_size={size}; use {_join(allowed)}"
+    if config.model.width % 4:
+        yield f"model.width={config.model.width} is not a multiple of 4, which 2-D positions need"
+
+
+def layers_fill_stages(config: RunConfig, world_size: int) -> Iterator[str]:
+    if config.parallel.pipeline > config.model.layers:
+        yield (
+            f"parallel.pipeline={config.parallel.pipeline} stages cannot be filled by model.layers="
+            f"{config.model.layers}; use at most {config.model.layers}"
+        )
+
+
+def batch_divides(config: RunConfig, world_size: int) -> Iterator[str]:
+    layout, data = Layout.of(config.parallel, world_size), config.data
+    per_pass = layout.dp * data.micro_batch
+    if data.global_batch % per_pass:
+        nearest = max(1, round(data.global_batch / per_pass)) * per_pass
+        yield (
+            f"data.global_batch={data.global_batch} is not a multiple of {layout.dp} data-parallel ranks x "
+            f"data.micro_batch={data.micro_batch}; the nearest that is: {nearest}"
+        )
+    elif data.global_batch // per_pass < layout.pp:
+        local = data.global_batch // layout.dp
+        allowed = [size for size in range(1, local + 1) if local % size == 0 and local // size >= layout.pp]
+        change = f"use data.micro_batch={_join(allowed)}" if allowed else "raise data.global_batch"
+        yield (
+            f"data.micro_batch={data.micro_batch} makes {data.global_batch // per_pass} microbatches for "
+            f"parallel.pipeline={layout.pp} stages, which need at least one each; {change}"
+        )
+
+
+def zero_keeps_precision(config: RunConfig, world_size: int) -> Iterator[str]:
+    if config.zero.stage > 0 and config.run.dtype == "float64":
+        yield f"zero.stage={config.zero.stage} keeps float32 masters; use zero.stage=0 with run.dtype=float64"
+
+
+def counts_are_positive(config: RunConfig, world_size: int) -> Iterator[str]:
+    positive = {
+        "run": ("steps",),
+        "model": ("layers", "width", "heads", "kv_heads", "head_width", "ffn_ratio", "moe_every", "image_size",
+                  "channels", "patch", "capacity_factor"),
+        "text": ("vocabulary", "length", "width", "heads"),
+        "parallel": ("tensor", "pipeline", "expert"),
+        "data": ("global_batch", "micro_batch"),
+        "sample": ("steps",),
+        "checkpoint": ("every",),
+    }  # fmt: skip
+    for section, keys in positive.items():
+        for key in keys:
+            value = getattr(getattr(config, section), key)
+            if value <= 0:
+                yield f"{section}.{key}={value} must be more than 0"
+
+
+# The first rule that finds a fault is the one reported: later ones may assume that earlier ones hold.
+RULES: tuple[tuple[Rule, ...], ...] = (
+    (counts_are_positive,),
+    (tensor_divides, experts_divide, heads_share, patches_fit, layers_fill_stages, zero_keeps_precision),
+    (batch_divides,),
+)
+
+
+def check(config: RunConfig, world_size: int) -> Layout:
+    """The layout, once every rule holds. Raises ValueError with all the faults of the first round that has any."""
+    for rules in RULES:
+        faults = [message for rule in rules for message in rule(config, world_size)]
+        if faults:
+            raise ValueError("; ".join(faults))
+    return Layout.of(config.parallel, world_size)

@@ -1,0 +1,45 @@
+"""The exponential moving average of the weights: what is sampled from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    """`decay` is reached gradually: early on the average forgets its start faster."""
+
+    decay: float = 0.999
+
+
+class Ema:
+    """Averages of this rank's own parameters, in their precision."""
+
+    def __init__(self, named: Sequence[tuple[str, nn.Parameter]], config: EmaConfig) -> None:
+        self.config = config
+        self.parameters = [parameter for _, parameter in named]
+        self.average: dict[str, Tensor] = {
+            name: parameter.detach().clone(memory_format=torch.contiguous_format) for name, parameter in named
+        }
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After optimizer step `step` (from 1): average <- d average + (1 - d) weights, d = min(decay, step/(step+9))."""
+        decay = min(self.config.decay, step / (step + 9))
+        torch._foreach_lerp_(list(self.average.values()), self.parameters, 1 - decay)
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Within the context the model's parameters hold the averages."""
+        with torch.no_grad():
+            kept = [parameter.clone() for parameter in self.parameters]
+            torch._foreach_copy_(self.parameters, list(self.average.values()))
+            try:
+                yield
+            finally:
+                torch._foreach_copy_(self.parameters, kept)

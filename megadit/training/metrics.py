@@ -1,0 +1,67 @@
+"""Who hears of a step: metrics.jsonl always, TensorBoard when asked, the progress bar on the main process."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megadit.training.step import StepReport
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl. A last line that a kill cut short is left out."""
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class Recorder:
+    """Writes what the loop tells it. Used on the main process only."""
+
+    def __init__(self, directory: Path, start: int, steps: int, tensorboard: bool) -> None:
+        """Goes on after step `start`: lines of later steps, which a killed run wrote, are dropped."""
+        path = directory / METRICS_FILE
+        kept = [line for line in read_metrics(path) if line["step"] <= start] if path.exists() else []
+        replacement = path.with_suffix(".tmp")
+        replacement.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(replacement, path)
+        self._file = path.open("a")
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+
+            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
+        self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05)
+
+    def record(self, report: StepReport, **measured: float) -> None:
+        """One line of metrics.jsonl; floats are printed with all their digits."""
+        line = dataclasses.asdict(report) | measured
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for key, value in line.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(key, value, report.step)
+            for layer, stats in report.routing.items():
+                for key, value in stats.items():
+                    self._board.add_scalar(f"routing/{key}/layer_{layer}", value, report.step)
+        self._bar.set_postfix(loss=f"{report.loss:.4f}", grad=f"{report.grad_norm:.2f}", refresh=False)
+        self._bar.update()
+
+    def close(self) -> None:
+        """Flush and end the bar."""
+        self._file.close()
+        self._bar.close()
+        if self._board is not None:
+            self._board.close()

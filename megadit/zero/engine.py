@@ -1,0 +1,153 @@
+"""DeepSpeed ZeRO-1 under our own schedule (Rajbhandari et al., arXiv 1910.02054): the only file that imports DeepSpeed.
+
+We own forward, backward and the pipeline; DeepSpeed owns the flat fp32 partitions, the reduction over the data-parallel
+group and the gathering of updated parameters. Its optimizer class is used directly, not `deepspeed.initialize`. Those
+are not public interfaces: the version is pinned, and the parity tests are the contract.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import groups as deepspeed_groups
+from deepspeed.utils.timer import NoopTimer
+from torch import Tensor
+
+from megadit.parallel.grid import Grid
+from megadit.parallel.placement import placement_of
+from megadit.zero.groups import Fragment, NamedParameters, OptimConfig, global_norm, group_parameters, sum_partial
+
+MAX_BUCKET = 1 << 27  # elements reduced at once
+KINDS = {"master": None, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}  # ours -> DeepSpeed's key
+
+
+def _attach_to_process_group() -> None:
+    """Let deepspeed.comm use the process group that exists."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Its shared-memory collective for CPUs would be compiled on the spot, half a minute on every rank.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
+
+
+class _Optimizer(DeepSpeedZeroOptimizer):
+    """DeepSpeed's optimizer with our norm, and without its hooks: we call it after the last microbatch."""
+
+    def __init__(self, grid: Grid, *args: object, **kwargs: object) -> None:
+        self.grid = grid
+        super().__init__(*args, **kwargs)
+
+    def create_gradient_handling_hooks(self) -> None:
+        """None: a hook would reduce during the backward of every microbatch, and zero-bubble schedules bypass them."""
+
+    def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
+        """Over this rank's partitions, each element counted once.
+
+        DeepSpeed's own makes a model-parallel all-reduce per parameter group, which hangs when one pipeline stage has
+        experts and another has none.
+        """
+        owned = []
+        for gradients, parameters in zip(self.averaged_gradients.values(), self.params_in_partition, strict=True):
+            # Padding carries a mark and belongs to no parameter.
+            real = [g for g in gradients if not getattr(g, "_zero_padding", False)]
+            for gradient, parameter in zip(real, parameters, strict=True):
+                placement = placement_of(parameter)
+                if placement.is_owner(self.grid, sharded=placement.data_axes):
+                    owned.append(gradient)
+        return global_norm(owned, self.grid, like=self.single_partition_of_fp32_groups[0])
+
+
+class ZeroEngine:
+    """Optimizer state sharded over the data-parallel axes (experts: over edp), fp32 masters and moments."""
+
+    def __init__(self, named: NamedParameters, grid: Grid, config: OptimConfig, decays: Callable[[str], bool]) -> None:
+        _attach_to_process_group()
+        self.named, self.grid = named, grid
+        expert_group = f"ep_size_{grid['ep'].size}"  # DeepSpeed parses this name
+        param_groups = []
+        for group in group_parameters(named, config.weight_decay, decays):
+            entry = {"params": group.parameters, "weight_decay": group.weight_decay}
+            if group.is_expert:
+                entry |= {"moe": True, "name": expert_group}
+                for parameter in group.parameters:
+                    parameter.allreduce, parameter.group_name = False, expert_group  # type: ignore[attr-defined]
+            param_groups.append(entry)
+        has_experts = any("moe" in entry for entry in param_groups)
+        expert_handles = {expert_group: grid["ep"].handle}
+        expert_data_handles = {expert_group: grid["edp"].handle}
+        deepspeed_groups._EXPERT_PARALLEL_GROUP = expert_handles
+        deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP = expert_data_handles
+        numel = sum(parameter.numel() for _, parameter in named)
+        self.optimizer = _Optimizer(
+            grid,
+            torch.optim.AdamW(param_groups, lr=config.lr, betas=config.betas, eps=config.eps),
+            param_names={parameter: name for name, parameter in named},
+            timers=NoopTimer(),
+            optimizer_params={},
+            verbose=False,
+            contiguous_gradients=True,
+            reduce_scatter=True,
+            reduce_bucket_size=min(numel, MAX_BUCKET),
+            dp_process_group=grid["dp"].handle,
+            expert_parallel_group=expert_handles,
+            expert_data_parallel_group=expert_data_handles,
+            clip_grad=config.clip,
+            gradient_accumulation_dtype=torch.float32,
+            communication_data_type=torch.float32,
+            partition_grads=False,
+            has_moe_layers=has_experts,
+            check_grad_overflow=False,
+        )
+        self._create_moments()
+
+    def _create_moments(self) -> None:
+        """AdamW makes its state at the first step; make it now, so that a checkpoint can be loaded into it."""
+        for master in self.optimizer.single_partition_of_fp32_groups:
+            self.optimizer.optimizer.state[master] = {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(master),
+                "exp_avg_sq": torch.zeros_like(master),
+            }
+        self._link()
+
+    def _link(self) -> None:
+        self.optimizer._hp_optimizer_states_linked = False
+        self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def reduce_gradients(self) -> None:
+        sum_partial((parameter for _, parameter in self.named), self.grid)
+        for _, parameter in self.named:
+            # DeepSpeed copies flat views; a schedule may leave a transposed gradient.
+            assert parameter.grad is not None
+            parameter.grad = parameter.grad.contiguous()
+        self.optimizer.set_gradient_accumulation_boundary(True)
+        self.optimizer.setup_buckets()
+        if self.optimizer.use_grad_accum_attribute:
+            self.optimizer.fill_grad_accum_attribute()
+        self.optimizer.reduce_gradients()
+
+    def step(self, lr: float) -> Tensor:
+        self.optimizer.set_lr(lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return self.optimizer._global_grad_norm
+
+    def fragments(self) -> list[Fragment]:
+        found = []
+        for name, parameter in self.named:
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is None:  # none of this parameter lies in this rank's partition
+                continue
+            start, sharded = mapping.lp_fragment_address.start, placement_of(parameter).data_axes
+            for kind, key in KINDS.items():
+                found.append(Fragment(name, kind, start, mapping.get_hp_fragment(key).detach(), sharded))
+        return found
+
+    def restored(self, steps: int) -> None:
+        for state in self.optimizer.optimizer.state.values():
+            state["step"].fill_(steps)
+        self.optimizer.update_lp_params()
+

@@ -1,0 +1,121 @@
+"""What both engines share: the optimizer's settings, which parameters are reduced together, and the norm's share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megadit.parallel.grid import Grid
+from megadit.parallel.placement import placement_of
+
+NamedParameters = Sequence[tuple[str, nn.Parameter]]
+
+
+@dataclass(frozen=True)
+class ZeroConfig:
+    """0: AdamW and all-reduce, in the parameters' own precision (the oracle). 1: DeepSpeed ZeRO, sharded fp32 state."""
+
+    stage: Literal[0, 1] = 1
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW (arXiv 1711.05101) after a linear warm-up; `clip` bounds the gradient's norm over all parameters."""
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    warmup: int = 0  # steps
+    decay: Literal["constant", "cosine"] = "constant"
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters with one weight decay whose gradients are summed over the same data-parallel axes."""
+
+    named: NamedParameters
+    data_axes: tuple[str, ...]
+    weight_decay: float
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for _, parameter in self.named]
+
+    @property
+    def is_expert(self) -> bool:
+        return self.data_axes == ("edp",)
+
+
+def group_parameters(
+    named: NamedParameters, weight_decay: float, decays: Callable[[str], bool]
+) -> list[ParameterGroup]:
+    """Dense and expert parameters, each with and without decay. Groups that would be empty are left out."""
+    members: dict[tuple[tuple[str, ...], float], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in named:
+        key = (placement_of(parameter).data_axes, weight_decay if decays(name) else 0.0)
+        members.setdefault(key, []).append((name, parameter))
+    return [ParameterGroup(group, axes, decay) for (axes, decay), group in sorted(members.items(), reverse=True)]
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Optimizer state of one parameter on this rank: `flat`, a live 1-D view, covers elements [start, start + len)
+    of the parameter's local tensor. `sharded` names the axes along which ranks hold different ranges.
+    """
+
+    name: str
+    kind: str  # "master", "exp_avg" or "exp_avg_sq"
+    start: int
+    flat: Tensor
+    sharded: tuple[str, ...]
+
+
+class Engine(Protocol):
+    """Reduces gradients and updates parameters. The order of a step: reduce_gradients, step."""
+
+    def reduce_gradients(self) -> None:
+        """Sum gradients over tp where partial, then over dp (experts: edp), and divide all by the size of dp."""
+
+    def step(self, lr: float) -> Tensor:
+        """Clip, update, clear the gradients. Returns the gradient's norm before clipping, a 0-dim tensor."""
+
+    def fragments(self) -> list[Fragment]:
+        """The live state, for saving, or for loading in place before the first step."""
+
+    def restored(self, steps: int) -> None:
+        """Call after loading into `fragments()`: the parameters follow the state, which has made `steps` steps."""
+
+
+def sum_partial(parameters: Iterable[nn.Parameter], grid: Grid) -> None:
+    """Sum over the tensor axis the gradients of parameters that saw only part of the work, in one all-reduce."""
+    partial = [p for p in parameters if p.grad is not None and "tp" in placement_of(p).partial]
+    all_reduce_gradients(partial, ("tp",), grid, divide_by=1)
+
+
+def all_reduce_gradients(parameters: Sequence[nn.Parameter], axes: tuple[str, ...], grid: Grid, divide_by: int) -> None:
+    """One all-reduce of all the gradients as a flat buffer; in place."""
+    group = grid["dp"] if axes == ("edp", "ep") else grid[axes[0]]
+    if not parameters or (group.size == 1 and divide_by == 1):
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = group.all_reduce(torch.cat([g.reshape(-1) for g in gradients]))
+    flat = flat / divide_by
+    for gradient, reduced in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(reduced.view_as(gradient))
+
+
+def global_norm(owned: Iterable[Tensor], grid: Grid, like: Tensor) -> Tensor:
+    """The Euclidean norm over all parameters, from the tensors that this rank owns: ONE all-reduce of the world.
+
+    One for all parameter groups, so that a stage without experts makes as many collectives as one with them.
+    """
+    squares = torch.zeros((), dtype=like.dtype, device=like.device)
+    for gradient in owned:
+        squares += torch.linalg.vector_norm(gradient).square()
+    return grid["world"].all_reduce(squares).sqrt()
