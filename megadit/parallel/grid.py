@@ -114,9 +114,10 @@ class Group:
         """This rank's part along `dim` of the sum over the group."""
         if self.size == 1:
             return x
-        parts = torch.stack(x.chunk(self.size, dim=dim))
-        out = x.new_empty(parts.shape[1:])
-        dist.reduce_scatter_tensor(out, parts, group=self.handle)
+        parts = x.chunk(self.size, dim=dim)
+        out = x.new_empty(parts[0].shape)
+        # As a concatenation along dimension 0: gloo takes no other form.
+        dist.reduce_scatter_tensor(out.view(-1), torch.cat([part.flatten() for part in parts]), group=self.handle)
         return out
 
     def split(self, x: Tensor, dim: int) -> Tensor:

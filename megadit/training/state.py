@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
 from megadit.checkpoint import LogicalTensor, Piece, flat_range_boxes
 from megadit.parallel.grid import Grid
-from megadit.parallel.placement import Placement, placement_of
+from megadit.parallel.placement import placement_of
 from megadit.training.ema import Ema
 from megadit.zero import Engine
 
@@ -27,9 +28,8 @@ def logical_state(
     state: dict[str, LogicalTensor] = {}
     for key, name, start, flat, sharded in _flat_tensors(named, ema, engine):
         parameter = parameters[name]
-        placement = placement_of(parameter)
-        if not owned_only or placement.is_owner(grid, sharded):
-            state[key] = _logical(parameter, placement, grid, start, flat)
+        if not owned_only or placement_of(parameter).is_owner(grid, sharded):
+            state[key] = logical_tensor(parameter, grid, start, flat)
     return state
 
 
@@ -44,15 +44,15 @@ def _flat_tensors(
         yield f"{fragment.kind}.{fragment.name}", fragment.name, fragment.start, fragment.flat, fragment.sharded
 
 
-def _logical(parameter: Tensor, placement: Placement, grid: Grid, start: int, flat: Tensor) -> LogicalTensor:
-    """A flat range of the local tensor as boxes of the logical one."""
-    local_shape = tuple(parameter.shape)
+def logical_tensor(
+    parameter: nn.Parameter, grid: Grid, start: int = 0, flat: Tensor | None = None
+) -> LogicalTensor:
+    """A flat range of the parameter's local tensor (its own elements by default) as boxes of the logical one."""
+    flat = parameter.data.view(-1) if flat is None else flat
+    placement, local_shape = placement_of(parameter), tuple(parameter.shape)
     origin = placement.offsets(local_shape, grid)
     pieces = []
     for box, begin in flat_range_boxes(local_shape, start, flat.numel()):
         offsets = tuple(o + b for o, b in zip(origin, box.offsets, strict=True))
-        numel = 1
-        for size in box.sizes:
-            numel *= size
-        pieces.append(Piece(offsets, flat[begin : begin + numel].view(box.sizes)))
+        pieces.append(Piece(offsets, flat[begin : begin + math.prod(box.sizes)].view(box.sizes)))
     return LogicalTensor(placement.logical_shape(local_shape, grid), flat.dtype, tuple(pieces))

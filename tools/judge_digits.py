@@ -1,0 +1,105 @@
+"""Does a run draw the digits it is asked for? A support-vector classifier trained on real scans reads its pictures.
+
+The classifier learns from the training scans and is itself checked on the held-out ones. Prompts come from the
+held-out templates. Copying would show: each picture's distance to the nearest training scan is compared with the same
+distance of the held-out scans, which nobody can have copied.
+
+    python tools/judge_digits.py runs/digits --samples 500 --out runs/digits/result.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.neighbors import NearestNeighbors
+from sklearn.svm import SVC
+from torch import Tensor
+from tqdm import tqdm
+
+from megadit.data.digits import Digits
+from megadit.runtime.launch import process_group
+from megadit.runtime.log import setup_logging
+from megadit.training.restore import open_sampler
+
+CHUNK = 125  # pictures drawn at once
+
+
+def to_ink(images_BCHW: Tensor) -> np.ndarray:
+    """Images in [-1, 1] -> the scans' own scale, ink from 0 to 16, [B, 64]."""
+    return ((images_BCHW.double().clamp(-1, 1) + 1) * 8).flatten(1).numpy()
+
+
+def judge(images_BCHW: Tensor, wanted_B: np.ndarray) -> dict[str, object]:
+    """Accuracy of the classifier on the pictures and on the held-out scans, and both nearest-neighbour distances."""
+    train, heldout = Digits("train"), Digits("heldout")
+    scans, pictures, unseen = to_ink(train.images_NCHW), to_ink(images_BCHW), to_ink(heldout.images_NCHW)
+    reader = SVC(gamma=0.001, C=10).fit(scans, train.labels_N.numpy())
+    read = reader.predict(pictures)
+    neighbours = NearestNeighbors(n_neighbors=1).fit(scans)
+    own = float(np.median(neighbours.kneighbors(pictures)[0]))
+    others = float(np.median(neighbours.kneighbors(unseen)[0]))
+    return {
+        "read_as_prompted": float((read == wanted_B).mean()),
+        "samples": len(wanted_B),
+        "per_digit": {str(d): float((read[wanted_B == d] == d).mean()) for d in range(10) if (wanted_B == d).any()},
+        "reader_accuracy_on_heldout_scans": float(reader.score(unseen, heldout.labels_N.numpy())),
+        "median_distance_to_training_scans": own,
+        "median_distance_of_heldout_scans": others,
+        "distance_ratio": own / others,
+    }
+
+
+def summary(result: dict[str, object]) -> list[str]:
+    """What to print; the last line is the verdict."""
+    return [
+        f"the reader's own accuracy on held-out scans: {result['reader_accuracy_on_heldout_scans']:.3f}",
+        f"median distance to the nearest training scan: {result['median_distance_to_training_scans']:.2f} "
+        f"(held-out scans: {result['median_distance_of_heldout_scans']:.2f}; ratio {result['distance_ratio']:.2f})",
+        str(result["line"]),
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run's folder")
+    parser.add_argument("--samples", type=int, default=500, help="pictures to draw (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="of the noise (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="the JSON to write; default: result.json in the run's folder")
+    parser.add_argument("--show", action="store_true", help="print an earlier result instead of judging again")
+    args = parser.parse_args()
+    out = args.out or args.run / "result.json"
+    if args.show:
+        try:
+            print("\n".join(summary(json.loads(out.read_text()))))
+        except (OSError, ValueError, KeyError) as error:
+            print(f"judge_digits: {out}: {error}", file=sys.stderr)
+            return 2
+        return 0
+    with process_group() as process:
+        setup_logging(process.rank)
+        try:
+            sampler = open_sampler(args.run, process)
+        except ValueError as error:
+            print(f"judge_digits: {error}", file=sys.stderr)
+            return 2
+        prompts = Digits("heldout").prompts(args.samples)
+        wanted = np.arange(args.samples) % 10  # the digit of each prompt, as `prompts` turns through them
+        images = []
+        for begin in tqdm(range(0, args.samples, CHUNK), desc="pictures", unit="chunk", dynamic_ncols=True):
+            settings = sampler.config.sample
+            images.append(sampler.draw(prompts[begin : begin + CHUNK], settings, args.seed, first_index=begin))
+    result = judge(torch.cat(images), wanted)
+    result["step"] = sampler.step
+    result["line"] = f"read as prompted: {result['read_as_prompted']:.3f} (n={args.samples})"
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    print("\n".join(summary(result)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""Prompts to a PNG grid, from the averaged weights of a run's newest checkpoint.
+
+    python tools/sample.py runs/digits --out seven.png "a handwritten seven" "the digit 7 in ink"
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megadit.data.loader import open_dataset
+from megadit.runtime.launch import process_group
+from megadit.runtime.log import setup_logging
+from megadit.sampling.generate import SampleConfig
+from megadit.sampling.picture import save_grid
+from megadit.training.restore import open_sampler
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run's folder")
+    parser.add_argument("prompts", nargs="*", help="what to draw; default: the data set's held-out captions")
+    parser.add_argument("--out", type=Path, help="the PNG to write; default: samples.png in the run's folder")
+    parser.add_argument("--count", type=int, default=40, help="pictures when no prompt is given (default: %(default)s)")
+    parser.add_argument("--repeat", type=int, default=1, help="pictures of each prompt (default: %(default)s)")
+    parser.add_argument("--columns", type=int, default=10, help="pictures in a row (default: %(default)s)")
+    parser.add_argument("--zoom", type=int, default=6, help="width of a pixel (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="sampling steps; default: the run's sample.steps")
+    parser.add_argument("--guidance", type=float, help="guidance scale, 1 is none; default: the run's sample.guidance")
+    parser.add_argument("--sampler", choices=("euler", "heun"), help="default: the run's sample.sampler")
+    args = parser.parse_intermixed_args()
+    with process_group() as process:
+        setup_logging(process.rank)
+        try:
+            sampler = open_sampler(args.run, process)
+            prompts = args.prompts or open_dataset(sampler.config.data, "heldout").prompts(args.count)
+            prompts = [prompt for prompt in prompts for _ in range(args.repeat)]
+            default = sampler.config.sample
+            settings = SampleConfig(
+                sampler=args.sampler or default.sampler,
+                steps=args.steps or default.steps,
+                guidance=default.guidance if args.guidance is None else args.guidance,
+                shift=default.shift,
+            )
+            bar = partial(tqdm, desc=f"{len(prompts)} pictures", unit="step", dynamic_ncols=True)
+            images = sampler.draw(prompts, settings, args.seed, progress=bar)
+        except ValueError as error:
+            print(f"sample: {error}", file=sys.stderr)
+            return 2
+        out = args.out or args.run / "samples.png"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_grid(images, out, args.columns, args.zoom)
+        print(out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
