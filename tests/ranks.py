@@ -6,10 +6,13 @@ import contextlib
 import faulthandler
 import io
 import multiprocessing
+import multiprocessing.connection
 import os
+import signal
 import socket
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -19,7 +22,7 @@ from typing import Any
 TIME_LIMIT = 150  # seconds; a rank that takes longer prints its stack and the test fails
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.pipelining", "megadit.train", "tests.preload"])
+_context.set_forkserver_preload(["tests.preload", "megadit.train"])
 
 
 def _work(target: Callable[..., Any], args: tuple, rank: int, connection: Any) -> None:
@@ -29,14 +32,16 @@ def _work(target: Callable[..., Any], args: tuple, rank: int, connection: Any) -
     faulthandler.dump_traceback_later(TIME_LIMIT - 10, exit=True)
     try:
         connection.send((True, target(rank, *args)))
-    except BaseException:
-        connection.send((False, traceback.format_exc()))
+    except BaseException as error:
+        error.add_note(f"on rank {rank}:\n{traceback.format_exc()}")
+        connection.send((False, error))
     finally:
         faulthandler.cancel_dump_traceback_later()
         connection.close()
 
 
-def _gather(target: Callable[..., Any], world_size: int, args: tuple) -> list[Any]:
+def _start(target: Callable[..., Any], world_size: int, args: tuple) -> tuple[list[Any], list[Any]]:
+    """(processes, the ends where their results arrive), by rank."""
     processes, ends = [], []
     for rank in range(world_size):
         parent, child = _context.Pipe(duplex=False)
@@ -45,25 +50,30 @@ def _gather(target: Callable[..., Any], world_size: int, args: tuple) -> list[An
         child.close()
         processes.append(process)
         ends.append(parent)
+    return processes, ends
+
+
+def _gather(target: Callable[..., Any], world_size: int, args: tuple) -> list[Any]:
+    processes, ends = _start(target, world_size, args)
     results: list[Any] = [None] * world_size
-    faults = []
+    faults: list[BaseException] = []
     try:
         # In the order of arrival: the first rank to fail says why, the others may hang because of it.
         waiting = dict(zip(ends, range(world_size), strict=True))
         while waiting and not faults:
             ready = multiprocessing.connection.wait(list(waiting), timeout=TIME_LIMIT)
             if not ready:
-                faults.append(f"ranks {sorted(waiting.values())} did not finish in {TIME_LIMIT} s")
+                faults.append(TimeoutError(f"ranks {sorted(waiting.values())} did not finish in {TIME_LIMIT} s"))
             for end in ready:
                 rank = waiting.pop(end)
                 try:
                     good, value = end.recv()
                 except EOFError:
-                    good, value = False, "the process ended without a word"
+                    good, value = False, ChildProcessError(f"rank {rank} ended without a word")
                 if good:
                     results[rank] = value
                 else:
-                    faults.append(f"rank {rank}: {value}")
+                    faults.append(value)
     finally:
         for process in processes:
             if faults:
@@ -71,16 +81,16 @@ def _gather(target: Callable[..., Any], world_size: int, args: tuple) -> list[An
             process.join(20)
             if process.is_alive():
                 process.kill()
-    assert not faults, "\n".join(faults)
+    if faults:
+        raise faults[0]
     return results
 
 
 def _in_group(rank: int, fn: Callable[..., Any], world_size: int, init_file: str, args: tuple) -> Any:
     import torch.distributed as dist
 
-    dist.init_process_group(
-        "gloo", init_method=f"file://{init_file}", rank=rank, world_size=world_size, timeout=timedelta(seconds=TIME_LIMIT)
-    )
+    limit = timedelta(seconds=TIME_LIMIT)
+    dist.init_process_group("gloo", f"file://{init_file}", timeout=limit, rank=rank, world_size=world_size)
     try:
         return fn(rank, world_size, *args)
     finally:
@@ -90,7 +100,7 @@ def _in_group(rank: int, fn: Callable[..., Any], world_size: int, init_file: str
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """`fn(rank, world_size, *args)` on every rank of a gloo group; what each returned, by rank.
 
-    `fn` is a top-level function of a test module. A failing rank's traceback fails the test.
+    `fn` is a top-level function of a test module. The first exception of a rank is raised here.
     """
     with tempfile.TemporaryDirectory() as folder:
         return _gather(_in_group, world_size, (fn, world_size, str(Path(folder) / "store"), args))
@@ -103,10 +113,10 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _train(rank: int, environ: dict[str, str], world_size: int, argv: Sequence[str], rank_key: str) -> tuple[int, str]:
+def _train(rank: int, environ: dict[str, str], argv: Sequence[str]) -> tuple[int, str]:
     from megadit.train import main
 
-    os.environ.update(environ | {rank_key: str(rank)})
+    os.environ.update({key: value.format(rank=rank) for key, value in environ.items()})
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors):
         status = main(argv)
@@ -114,7 +124,27 @@ def _train(rank: int, environ: dict[str, str], world_size: int, argv: Sequence[s
     return status, errors.getvalue()
 
 
-def train_on(world_size: int, *argv: str) -> list[tuple[int, str]]:
+def launcher_environ(world_size: int) -> dict[str, str]:
+    """What torchrun and the deepspeed launcher tell each rank; {rank} stands for its number."""
+    place = {"RANK": "{rank}", "LOCAL_RANK": "{rank}", "WORLD_SIZE": str(world_size)}
+    return place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+
+def train_on(world_size: int, *argv: str, environ: dict[str, str] | None = None) -> list[tuple[int, str]]:
     """`python -m megadit.train` on several ranks, as a launcher would start it: (exit status, stderr) of each."""
-    environ = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return _gather(_train, world_size, (environ, world_size, argv, "RANK"))
+    return _gather(_train, world_size, (environ or launcher_environ(world_size), argv))
+
+
+def train_and_kill(world_size: int, when: Callable[[], bool], *argv: str) -> None:
+    """Start a training and SIGKILL every rank as soon as `when()` is true."""
+    processes, _ = _start(_train, world_size, (launcher_environ(world_size), argv))
+    deadline = time.monotonic() + TIME_LIMIT
+    while not when():
+        assert time.monotonic() < deadline, "the moment to kill did not come"
+        assert all(process.is_alive() for process in processes), "a rank ended before the moment to kill"
+        time.sleep(0.001)
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
+        assert process.exitcode == -signal.SIGKILL

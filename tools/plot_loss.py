@@ -1,6 +1,6 @@
 """Loss curves of one or several runs in one figure, from their metrics.jsonl.
 
-    python tools/plot_loss.py runs/digits runs/digits_dense --out loss.png
+python tools/plot_loss.py runs/digits runs/digits_dense --out loss.png
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def main() -> int:
     parser.add_argument("--window", type=int, default=50, help="steps of the running mean (default: %(default)s)")
     args = parser.parse_args()
     figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
-    for colour, run in zip(plt.colormaps["tab10"].colors, args.runs, strict=False):
+    for i, run in enumerate(args.runs):
+        colour = f"C{i}"
         try:
             lines = read_metrics(run / METRICS_FILE)
         except OSError as error:
@@ -44,7 +45,8 @@ def main() -> int:
         axes.plot(steps, smooth(loss, args.window), color=colour, label=f"{run.name}: training")
         heldout = [(line["step"], line["heldout_loss"]) for line in lines if "heldout_loss" in line]
         if heldout:
-            axes.plot(*zip(*heldout, strict=True), "o--", color=colour, markersize=4, label=f"{run.name}: held out (EMA)")
+            label = f"{run.name}: held out (EMA)"
+            axes.plot(*zip(*heldout, strict=True), "o--", color=colour, markersize=4, label=label)
     axes.set(xlabel="step", ylabel="velocity loss", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()

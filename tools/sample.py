@@ -1,6 +1,6 @@
 """Prompts to a PNG grid, from the averaged weights of a run's newest checkpoint.
 
-    python tools/sample.py runs/digits --out seven.png "a handwritten seven" "the digit 7 in ink"
+python tools/sample.py runs/digits --out seven.png "a handwritten seven" "the digit 7 in ink"
 """
 
 from __future__ import annotations

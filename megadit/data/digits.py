@@ -36,7 +36,7 @@ HELDOUT_TEMPLATES = (
     "the number {numeral} drawn by hand",
 )
 HELDOUT_FRACTION = 5  # one scan in so many
-SPLIT_SEED = 20240 # the split is part of the data set, not of a run
+SPLIT_SEED = 20240  # the split is part of the data set, not of a run
 
 
 def _scale(pixels: Tensor) -> Tensor:

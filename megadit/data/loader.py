@@ -96,7 +96,5 @@ class Loader:
         return batches
 
     def _read(self, ids_B: Tensor, step: int) -> Batch:
-        captions = [
-            self.dataset.caption(index, stream(self.seed, "caption", step, index)) for index in ids_B.tolist()
-        ]
+        captions = [self.dataset.caption(index, stream(self.seed, "caption", step, index)) for index in ids_B.tolist()]
         return Batch(ids_B, self.dataset.images(ids_B), *self.tokenizer.encode(captions, self.length))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import sentencepiece
@@ -36,9 +37,13 @@ class Tokenizer:
 
     @classmethod
     def train(cls, sentences: Iterable[str], vocabulary: int) -> Tokenizer:
-        """A unigram model of at most `vocabulary` pieces; the same sentences give the same model."""
+        """A unigram model of at most `vocabulary` pieces; the same sentences give the same model.
+
+        Raises ValueError when `vocabulary` is too small for the characters that occur.
+        """
         model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
+        train = partial(
+            sentencepiece.SentencePieceTrainer.train,
             sentence_iterator=iter(sentences),
             model_writer=model,
             vocab_size=vocabulary,
@@ -51,11 +56,19 @@ class Tokenizer:
             eos_id=END,
             minloglevel=2,
         )
+        try:
+            train()
+        except RuntimeError as error:
+            raise ValueError(f"text.vocabulary={vocabulary} cannot hold the captions' pieces: {error}") from error
         return cls(model.getvalue())
 
     def __len__(self) -> int:
         """The number of pieces."""
         return self._processor.get_piece_size()
+
+    def too_long(self, texts: Iterable[str], length: int) -> list[str]:
+        """Those of the texts that `encode` would cut to `length` tokens."""
+        return [text for text in texts if len(self._processor.encode(text)) > length - 2]
 
     def encode(self, texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
         """Ids [B, length], int64, and mask [B, length], True at tokens. A longer text is cut; it still ends in END.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from megadit.model.config import ECDiTConfig
 from megadit.parallel.placement import Placement, placed
 from megadit.parallel.tensor.linear import ColumnParallelLinear, RowParallelLinear
-from megadit.parallel.tensor.mappings import Region, enter
+from megadit.parallel.tensor.mappings import Region
 
 
 class HeadNorm(nn.Module):
@@ -64,12 +64,10 @@ class SelfAttention(Attention):
 
 
 class CrossAttention(Attention):
-    """Image tokens attend to the caption's tokens; padding is masked."""
+    """Image tokens attend to the caption's tokens, which have entered the region; padding is masked."""
 
     def __init__(self, config: ECDiTConfig, text_width: int, region: Region) -> None:
         super().__init__(config, text_width, region)
 
     def forward(self, x_BTD: Tensor, text_BLX: Tensor, text_mask_BL: Tensor) -> Tensor:
-        # The text is whole on every rank, but each rank's heads send back only their part of its gradient.
-        text_BLX = enter(text_BLX, self.region.group)
         return self.attend(self.region.enter(x_BTD), text_BLX, text_mask_BL[:, None, None, :])

@@ -21,9 +21,7 @@ MODULATION_OUTPUTS = {"scale_shift": 4, "gated": 6}
 class Block(nn.Module):
     """(x_BTD, cond_BD, text_BLX) -> x_BTD."""
 
-    def __init__(
-        self, config: ECDiTConfig, text_width: int, layer: int, region: Region, expert_group: Group
-    ) -> None:
+    def __init__(self, config: ECDiTConfig, text_width: int, layer: int, region: Region, expert_group: Group) -> None:
         super().__init__()
         self.modulation = Modulation(config.width, MODULATION_OUTPUTS[config.modulation], region)
         self.attention = SelfAttention(config, region)

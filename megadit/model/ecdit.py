@@ -16,7 +16,7 @@ from megadit.model.moe import ExpertChoiceMoE
 from megadit.model.router import RouterStats
 from megadit.model.text import TextConfig
 from megadit.parallel.grid import Group
-from megadit.parallel.tensor.mappings import Region
+from megadit.parallel.tensor.mappings import Region, enter
 
 Carry = tuple[Tensor, Tensor, Tensor]
 
@@ -28,6 +28,7 @@ class ECDiT(nn.Module):
         self, config: ECDiTConfig, text: TextConfig, layers: range, region: Region, expert_group: Group
     ) -> None:
         super().__init__()
+        self.tensor_group = region.group
         self.embed = Embedding(config, text, region) if layers.start == 0 else None
         self.blocks = nn.ModuleDict(
             {str(layer): Block(config, text.width, layer, region, expert_group) for layer in layers}
@@ -52,10 +53,13 @@ class ECDiT(nn.Module):
             x_BTD, cond_BD, text_BLX = self.embed(image_BCHW, timesteps_B, text_ids_BL, text_mask_BL)
         else:
             x_BTD, cond_BD, text_BLX = carry
+        # Conditioning and text are whole on every rank, but a rank's cut layers send back only their part of the
+        # gradient. Entering once per stage makes one sum of it instead of one per layer.
+        entered_BD, entered_BLX = enter(cond_BD, self.tensor_group), enter(text_BLX, self.tensor_group)
         for block in self.blocks.values():
-            x_BTD = block(x_BTD, cond_BD, text_BLX, text_mask_BL)
+            x_BTD = block(x_BTD, entered_BD, entered_BLX, text_mask_BL)
         if self.head is not None:
-            return self.head(x_BTD, cond_BD, size)
+            return self.head(x_BTD, entered_BD, size)
         return x_BTD, cond_BD, text_BLX
 
     def router_stats(self) -> dict[int, RouterStats]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megadit.model.config import ECDiTConfig
 from megadit.model.text import TextConfig, TextEncoder
 from megadit.parallel.tensor.linear import ColumnParallelLinear, ReplicatedLinear
-from megadit.parallel.tensor.mappings import Region, enter
+from megadit.parallel.tensor.mappings import Region
 
 TIME_FREQUENCIES = 256
 
@@ -80,7 +80,10 @@ class Embedding(nn.Module):
 
 
 class Modulation(nn.Module):
-    """The adaLN vectors of one layer: SiLU and a linear layer of the conditioning -> `count` of [B, 1, D]."""
+    """The adaLN vectors of one layer: SiLU and a linear layer of the conditioning -> `count` of [B, 1, D].
+
+    The conditioning has entered the region.
+    """
 
     def __init__(self, width: int, count: int, region: Region) -> None:
         super().__init__()
@@ -88,8 +91,7 @@ class Modulation(nn.Module):
         self.linear = ColumnParallelLinear(width, count * width, region.group, bias=True)
 
     def forward(self, cond_BD: Tensor) -> tuple[Tensor, ...]:
-        entered_BD = enter(F.silu(cond_BD), self.region.group)
-        return self.region.gather_features(self.linear(entered_BD)).unsqueeze(1).chunk(self.count, dim=2)
+        return self.region.gather_features(self.linear(F.silu(cond_BD))).unsqueeze(1).chunk(self.count, dim=2)
 
 
 def modulate(x_BTD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:

@@ -15,6 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 renamed both; the older names still work there, with a warning.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 AXES = ("pp", "edp", "ep", "tp")
 # Named unions of axes that have a process group of their own.
 UNIONS = {"dp": ("edp", "ep"), "model": ("pp", "tp"), "world": AXES}
@@ -107,7 +111,7 @@ class Group:
         if self.size == 1:
             return x
         out = x.new_empty(self.size, *x.shape)
-        dist.all_gather_into_tensor(out.view(self.size * x.shape[0], *x.shape[1:]), x.contiguous(), group=self.handle)
+        _all_gather(out.view(self.size * x.shape[0], *x.shape[1:]), x.contiguous(), group=self.handle)
         return torch.cat(out.unbind(0), dim=dim)
 
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
@@ -117,7 +121,7 @@ class Group:
         parts = x.chunk(self.size, dim=dim)
         out = x.new_empty(parts[0].shape)
         # As a concatenation along dimension 0: gloo takes no other form.
-        dist.reduce_scatter_tensor(out.view(-1), torch.cat([part.flatten() for part in parts]), group=self.handle)
+        _reduce_scatter(out.view(-1), torch.cat([part.flatten() for part in parts]), group=self.handle)
         return out
 
     def split(self, x: Tensor, dim: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""How one parameter lies on the grid: the single tag from which initialisation, reduction, norm and checkpoint derive."""
+"""How one parameter lies on the grid: the one tag that initialisation, reduction, norm and checkpoint derive from."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ class Placement:
 REPLICATED = Placement()
 
 
-def placed(shape: Sequence[int], placement: Placement = REPLICATED, **factory: torch.dtype | torch.device) -> nn.Parameter:
+def placed(
+    shape: Sequence[int], placement: Placement = REPLICATED, **factory: torch.dtype | torch.device
+) -> nn.Parameter:
     """An uninitialised parameter of this rank's `shape`, tagged with its placement."""
     parameter = nn.Parameter(torch.empty(*shape, **factory))  # type: ignore[call-overload]
     parameter.placement = placement  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Where this process stands among the others: reads what torchrun, the deepspeed launcher or srun left in the environment.
+"""Where this process stands among the others, from what torchrun, the deepspeed launcher or srun left behind.
 
 A process started by none of them is a world of one, on the same code path: it too has a process group.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +17,8 @@ from megadit.encoders.tokenizer import Tokenizer
 from megadit.parallel.pipeline.schedule import Pipeline
 from megadit.runtime.seed import stream
 
+logger = logging.getLogger("megadit")
+
 
 @dataclass(frozen=True)
 class SampleConfig:
@@ -23,7 +26,7 @@ class SampleConfig:
 
     sampler: Literal["euler", "heun"] = "heun"
     steps: int = 20
-    guidance: float = 2.0  # 1: none
+    guidance: float = 3.0  # 1: none
     shift: float = 1.0  # more than 1 spends more steps near the noise
 
 
@@ -47,6 +50,8 @@ def generate(
     for i, prompt in enumerate(prompts):
         if not prompt.strip():
             raise ValueError(f"prompt {first_index + i} is empty; say what to draw")
+    for prompt in tokenizer.too_long(prompts, length):
+        logger.warning("the prompt %r is cut to the %d tokens that the model reads", prompt, length)
     device = pipeline.device
     noise_BCHW = torch.stack(
         [torch.randn(image_shape, generator=stream(seed, "sample", first_index + i)) for i in range(len(prompts))]

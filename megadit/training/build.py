@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,8 @@ from megadit.runtime.launch import Process
 from megadit.training.config import RunConfig
 from megadit.training.ema import Ema
 from megadit.zero import Engine, create_engine
+
+logger = logging.getLogger("megadit")
 
 TOKENIZER_FILE = "tokenizer.model"
 
@@ -88,6 +91,9 @@ def read_inputs(config: RunConfig) -> Inputs:
             f"the tokenizer has {len(tokenizer)} pieces, text.vocabulary={config.text.vocabulary} has no room for "
             f"them; set text.vocabulary={len(tokenizer)}"
         )
+    cut = tokenizer.too_long(train.corpus(), config.text.length)
+    if cut:
+        logger.warning("%d captions are cut to text.length=%d tokens, such as %r", len(cut), config.text.length, cut[0])
     return Inputs(train, heldout, tokenizer)
 
 

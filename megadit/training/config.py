@@ -115,18 +115,26 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         if not (equals and dot and section and name):
             raise ValueError(f"override {override!r} is not of the form section.key=value")
         check_known(section, SECTIONS, "section")
-        raw[section] = {**(raw.get(section) or {}), name: yaml.safe_load(value) if value else ""}
+        try:
+            raw[section] = {**_keys(raw, section, str(path)), name: yaml.safe_load(value) if value else ""}
+        except yaml.YAMLError as error:
+            raise ValueError(f"override {override!r}: the value is not valid YAML") from error
     return parse(raw, str(path))
+
+
+def _keys(raw: Mapping[str, Any], section: str, source: str) -> Mapping[str, Any]:
+    values = raw.get(section) or {}
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{source}: section {section} must hold keys, found {values!r}")
+    return values
 
 
 def parse(raw: Mapping[str, Any], source: str) -> RunConfig:
     """A RunConfig from nested plain data; `source` names it in errors. Raises ValueError."""
     expanded = {}
-    for section, values in raw.items():
+    for section in raw:
         check_known(section, SECTIONS, "section")
-        values = values or {}
-        if not isinstance(values, Mapping):
-            raise ValueError(f"{source}: section {section} must hold keys, found {values!r}")
+        values = _keys(raw, section, source)
         fields = [f.name for f in dataclasses.fields(SECTIONS[section])]
         for key in values:
             check_known(key, fields, "key", prefix=f"{section}.")

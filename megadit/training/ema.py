@@ -22,14 +22,14 @@ class Ema:
 
     def __init__(self, named: Sequence[tuple[str, nn.Parameter]], config: EmaConfig) -> None:
         self.config = config
-        self.parameters = [parameter for _, parameter in named]
+        self.parameters: list[Tensor] = [parameter for _, parameter in named]
         self.average: dict[str, Tensor] = {
             name: parameter.detach().clone(memory_format=torch.contiguous_format) for name, parameter in named
         }
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After optimizer step `step` (from 1): average <- d average + (1 - d) weights, d = min(decay, step/(step+9))."""
+        """After step `step` (from 1): average <- d average + (1 - d) weights, with d = min(decay, step / (step + 9))."""
         decay = min(self.config.decay, step / (step + 9))
         torch._foreach_lerp_(list(self.average.values()), self.parameters, 1 - decay)
 

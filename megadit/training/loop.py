@@ -98,4 +98,3 @@ def train(run: Run, start: int) -> None:
 
 def _due(step: int, every: int, last: bool) -> bool:
     return every > 0 and (step % every == 0 or last)
-

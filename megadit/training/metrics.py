@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,11 @@ class Recorder:
             from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
             self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
-        self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05)
+        # In a log file, a line every now and then instead of a bar that moves.
+        pace = 0.1 if sys.stderr.isatty() else 10.0
+        self._bar = tqdm(
+            total=steps, initial=start, unit="step", dynamic_ncols=True, mininterval=pace, maxinterval=pace
+        )
 
     def record(self, report: StepReport, **measured: float) -> None:
         """One line of metrics.jsonl; floats are printed with all their digits."""

@@ -44,9 +44,7 @@ def _flat_tensors(
         yield f"{fragment.kind}.{fragment.name}", fragment.name, fragment.start, fragment.flat, fragment.sharded
 
 
-def logical_tensor(
-    parameter: nn.Parameter, grid: Grid, start: int = 0, flat: Tensor | None = None
-) -> LogicalTensor:
+def logical_tensor(parameter: nn.Parameter, grid: Grid, start: int = 0, flat: Tensor | None = None) -> LogicalTensor:
     """A flat range of the parameter's local tensor (its own elements by default) as boxes of the logical one."""
     flat = parameter.data.view(-1) if flat is None else flat
     placement, local_shape = placement_of(parameter), tuple(parameter.shape)

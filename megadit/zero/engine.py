@@ -8,6 +8,7 @@ are not public interfaces: the version is pinned, and the parity tests are the c
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 
 import deepspeed
@@ -28,6 +29,7 @@ KINDS = {"master": None, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}  # ou
 def _attach_to_process_group() -> None:
     """Let deepspeed.comm use the process group that exists."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
     # Its shared-memory collective for CPUs would be compiled on the spot, half a minute on every rank.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
@@ -150,4 +152,3 @@ class ZeroEngine:
         for state in self.optimizer.optimizer.state.values():
             state["step"].fill_(steps)
         self.optimizer.update_lp_params()
-

@@ -2,12 +2,9 @@ import hashlib
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import shutil
-import tempfile
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -25,6 +22,7 @@ from megadit.checkpoint import (
     read_manifest,
     save,
 )
+from tests.ranks import run_ranks
 
 TENSORS = {
     "matrix": ((7, 10), torch.float64),
@@ -93,41 +91,6 @@ def unset(name):
 
 def one_piece(tensor):
     return LogicalTensor(tuple(tensor.shape), tensor.dtype, (Piece((0,) * tensor.ndim, tensor),))
-
-
-def run_ranks(fn, world_size, *args):
-    """Results of fn(rank, world_size, *args) on `world_size` processes that share a gloo group."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.checkpoint"])
-    with tempfile.TemporaryDirectory() as folder:
-        results = context.Queue()
-        workers = [
-            context.Process(target=_work, args=(fn, rank, world_size, f"file://{folder}/init", results, args))
-            for rank in range(world_size)
-        ]
-        try:
-            for worker in workers:
-                worker.start()
-            answers = dict(results.get(timeout=120) for _ in workers)
-        finally:
-            for worker in workers:
-                worker.join(timeout=5)
-                worker.kill()
-    for rank in range(world_size):
-        if isinstance(answers[rank], Exception):
-            raise answers[rank]
-    return [answers[rank] for rank in range(world_size)]
-
-
-def _work(fn, rank, world_size, init, results, args):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init, rank=rank, world_size=world_size, timeout=timedelta(seconds=100))
-    try:
-        answer = fn(rank, world_size, *args)
-    except Exception as error:
-        answer = error
-    results.put((rank, answer))
-    dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -3,21 +3,8 @@
 import pytest
 
 from megadit.training.metrics import read_metrics
+from tests.parity.layouts import CONFIG, LAYOUTS
 from tests.ranks import train_on
-
-CONFIG = "tests/configs/tiny.yaml"
-# world size, overrides
-LAYOUTS = {
-    "tensor2": (2, ["parallel.tensor=2"]),
-    "pipeline2": (2, ["parallel.pipeline=2"]),
-    "expert2": (2, ["parallel.expert=2"]),
-    "data2": (2, []),
-    "tensor2_expert2": (4, ["parallel.tensor=2", "parallel.expert=2"]),
-    "pipeline2_expert2": (4, ["parallel.pipeline=2", "parallel.expert=2"]),
-    "tensor2_pipeline2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
-    "tensor2_sequence": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
-    "tensor2_expert2_sequence": (4, ["parallel.tensor=2", "parallel.expert=2", "parallel.sequence=true"]),
-}
 
 
 def run(folder, world_size, *overrides):

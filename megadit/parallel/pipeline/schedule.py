@@ -26,7 +26,9 @@ class Pipeline:
     schedules would drop them silently.
     """
 
-    def __init__(self, stage: nn.Module, group: Group, device: torch.device, num_microbatches: int, loss: LossFunction) -> None:
+    def __init__(
+        self, stage: nn.Module, group: Group, device: torch.device, num_microbatches: int, loss: LossFunction
+    ) -> None:
         """`loss(output, target)` of one microbatch is a scalar; gradients of all microbatches are summed."""
         self.stage, self.group, self.device, self.loss = stage, group, device, loss
         self.num_microbatches = num_microbatches

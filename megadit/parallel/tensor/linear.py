@@ -1,4 +1,4 @@
-"""The linear layers of tensor parallelism: cut by columns, cut by rows, or whole. The region around them communicates."""
+"""The linear layers of tensor parallelism: cut by columns, by rows, or whole. The region around them communicates."""
 
 from __future__ import annotations
 

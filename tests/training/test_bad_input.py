@@ -1,0 +1,193 @@
+"""Bad input: one clear message from one rank, exit status 2, nothing written."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.ranks import train_on
+
+CONFIG = "tests/configs/tiny.yaml"
+
+
+def refused(tmp_path, world_size, *argv):
+    """The one message of a start that was refused."""
+    before = sorted(tmp_path.rglob("*"))
+    results = train_on(world_size, *argv, f"run.dir={tmp_path / 'run'}")
+    assert [status for status, _ in results] == [2] * world_size
+    spoken = [errors for _, errors in results if errors]
+    assert len(spoken) == 1, "exactly one rank speaks"
+    assert spoken[0].count("\n") == 1, f"one line, not {spoken[0]!r}"
+    assert sorted(tmp_path.rglob("*")) == before, "something was written"
+    return spoken[0]
+
+
+CASES = {
+    "unknown key": (
+        1,
+        ["optim.learning_rate=1"],
+        ["unknown key optim.learning_rate", "the nearest is optim."],
+    ),
+    "misspelt key": (2, ["model.expert=8"], ["unknown key model.expert;", "the nearest is model.experts"]),
+    "unknown section": (1, ["modle.width=8"], ["unknown section modle", "the nearest is model"]),
+    "unknown preset": (
+        1,
+        ["model.preset=ec-dit-m-32e"],
+        ["unknown model.preset ec-dit-m-32e", "the nearest is ec-dit-"],
+    ),
+    "not an override": (1, ["optim.lr"], ["'optim.lr' is not of the form section.key=value"]),
+    "override of no YAML": (1, ["optim.betas=[0.9"], ["'optim.betas=[0.9'", "not valid YAML"]),
+    "wrong type": (1, ["run.steps=many"], ["run.steps='many'", "valid integer"]),
+    "wrong choice": (1, ["run.dtype=float16"], ["run.dtype='float16'", "'float32' or 'float64'"]),
+    "not positive": (1, ["data.micro_batch=0"], ["data.micro_batch=0 must be more than 0"]),
+    "tensor": (
+        3,
+        ["parallel.tensor=3"],
+        ["parallel.tensor=3 does not divide", "model.heads=4", "model.experts=4", "use 1, 2 or 4"],
+    ),
+    "tensor and heads": (
+        4,
+        ["parallel.tensor=4", "model.kv_heads=2", "model.experts=6"],
+        ["parallel.tensor=4 does not divide model.kv_heads=2 and model.experts=6; use 1 or 2"],
+    ),
+    "expert": (
+        3,
+        ["parallel.expert=3", "data.global_batch=12"],
+        ["parallel.expert=3 times parallel.tensor=1 does not divide model.experts=4", "parallel.expert=1, 2 or 4"],
+    ),
+    "expert of a dense model": (2, ["parallel.expert=2", "model.experts=0"], ["model.experts=0", "parallel.expert=1"]),
+    "pipeline": (1, ["parallel.pipeline=5"], ["parallel.pipeline=5", "model.layers=4"]),
+    "world": (3, ["parallel.tensor=2"], ["parallel.tensor=2", "does not divide the 3 processes"]),
+    "world too small": (1, ["parallel.pipeline=2"], ["pipeline=2", "does not divide the 1 processes"]),
+    "batch": (
+        2,
+        ["data.global_batch=20", "data.micro_batch=4"],
+        ["data.global_batch=20 is not a multiple of 2 data-parallel ranks x data.micro_batch=4", "that is: 16"],
+    ),
+    "microbatches": (
+        4,
+        ["parallel.pipeline=4", "data.micro_batch=8"],
+        ["2 microbatches for parallel.pipeline=4 stages", "data.micro_batch=1, 2 or 4"],
+    ),
+    "heads": (1, ["model.kv_heads=3"], ["model.kv_heads=3 does not divide model.heads=4; use 1, 2 or 4"]),
+    "patch": (1, ["model.patch=3"], ["model.patch=3 does not divide model.image_size=8; use 1, 2, 4 or 8"]),
+    "precision": (1, ["zero.stage=1"], ["zero.stage=1 keeps float32 masters", "zero.stage=0"]),
+    "image size": (
+        1,
+        ["model.image_size=16"],
+        ["images of 1 x 8 x 8", "expects 1 x 16 x 16", "model.image_size=8"],
+    ),
+    "vocabulary": (1, ["text.vocabulary=10"], ["text.vocabulary=10 cannot hold the captions' pieces"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_configurations_are_refused(case, tmp_path):
+    world_size, overrides, expected = CASES[case]
+    message = refused(tmp_path, world_size, "--config", CONFIG, *overrides)
+    for part in expected:
+        assert part in message
+
+
+def test_a_missing_configuration_is_named(tmp_path):
+    message = refused(tmp_path, 2, "--config", str(tmp_path / "none.yaml"))
+    assert f"{tmp_path / 'none.yaml'}: No such file" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"run: [1", "not valid YAML"),
+        (b"\xff\xfe\x00", "config"),
+        (b"just words", "expected sections"),
+        (b"run: 3", "section run must hold keys"),
+    ],
+)
+def test_an_unreadable_configuration_is_named(content, expected, tmp_path):
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    message = refused(tmp_path, 1, "--config", str(path))
+    assert str(path) in message
+    assert expected in message
+
+
+def test_a_missing_tokenizer_is_named(tmp_path):
+    path = tmp_path / "none.model"
+    assert f"{path}: No such file" in refused(tmp_path, 1, "--config", CONFIG, f"text.tokenizer={path}")
+
+
+def test_a_file_that_is_no_tokenizer_is_named(tmp_path):
+    path = tmp_path / "wrong.model"
+    path.write_bytes(b"not sentencepiece")
+    message = refused(tmp_path, 1, "--config", CONFIG, f"text.tokenizer={path}")
+    assert f"{path}: not a sentencepiece model" in message
+
+
+def arrays(path, **kwargs):
+    np.savez(path, **kwargs)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda path: path, "No such file"),
+        (lambda path: path.write_bytes(b"PK\x03\x04 but cut short") and path, "not a readable .npz"),
+        (lambda path: path.write_bytes(b"words") and path, "not a readable .npz"),
+        (lambda path: arrays(path, images=np.zeros((4, 8, 8))), "the arrays needed are images and captions"),
+        (lambda path: arrays(path, images=np.zeros((4, 8, 8)), captions=np.array(["a"] * 3)), "captions (3,)"),
+        (lambda path: arrays(path, images=np.zeros((2, 8, 8)), captions=np.array(["a", " "])), "1 captions are empty"),
+    ],
+)
+def test_a_data_set_that_cannot_be_read_is_named(make, expected, tmp_path):
+    path = make(tmp_path / "data.npz")
+    message = refused(tmp_path, 1, "--config", CONFIG, "data.kind=arrays", f"data.path={path}")
+    assert str(path) in message
+    assert expected in message
+
+
+def test_a_damaged_checkpoint_is_named_and_left_alone(tmp_path):
+    folder = tmp_path / "run"
+    command = ["--config", CONFIG, f"run.dir={folder}", "run.steps=2", "checkpoint.every=1"]
+    train_on(1, *command)
+    (damaged,) = (folder / "checkpoints" / "step_00000002").glob("*.safetensors")
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    ((status, errors),) = train_on(1, *command, "run.steps=4")
+    assert status == 2
+    assert str(damaged) in errors
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_checkpoint_of_another_model_names_the_tensor(tmp_path):
+    command = ["--config", CONFIG, f"run.dir={tmp_path / 'run'}", "run.steps=2"]
+    train_on(1, *command)
+    ((status, errors),) = train_on(1, *command, "run.steps=4", "model.ffn_ratio=2")
+    assert status == 2
+    assert "blocks.0.feedforward.up.weight" in errors
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train_on(1, "--config", CONFIG, f"run.dir={folder}", "run.steps=1")
+    return folder
+
+
+@pytest.mark.parametrize("prompt", ["", "   "])
+def test_an_empty_prompt_is_refused(prompt, trained, tmp_path):
+    out = tmp_path / "picture.png"
+    command = [sys.executable, "tools/sample.py", str(trained), "a handwritten one", prompt, "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "sample: prompt 1 is empty; say what to draw\n"
+    assert not out.exists()
+
+
+def test_sampling_from_a_folder_without_a_run_is_refused(tmp_path):
+    command = [sys.executable, "tools/sample.py", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"{tmp_path / 'config.yaml'}: No such file" in done.stderr
+    assert list(tmp_path.iterdir()) == []
