@@ -29,7 +29,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After step `step` (from 1): average <- d average + (1 - d) weights, with d = min(decay, step / (step + 9))."""
+        """After step `step` (from 1): average <- d average + (1 - d) weights; d = min(decay, step / (step + 9))."""
         decay = min(self.config.decay, step / (step + 9))
         torch._foreach_lerp_(list(self.average.values()), self.parameters, 1 - decay)
 
