@@ -1,5 +1,6 @@
 """Installs megadit: `pip install -e .`; the pins of requirements.txt are its dependencies."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -13,19 +14,23 @@ def read_requirements(name: str) -> list[str]:
     return [line for line in lines if line and not line.startswith("-")]
 
 
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megadit/__init__.py").read_text(encoding="utf-8"))
+# What only a part of megadit needs: the digits data set and its judge, pictures of curves, TensorBoard events.
+OPTIONAL = {"digits": "scikit-learn", "plots": "matplotlib", "tensorboard": "tensorboard"}
+pins = {line.split("==")[0]: line for line in read_requirements("requirements.txt")}
+
 setup(
     name="megadit",
-    version="0.1.0",
+    version=VERSION[1],
     description="Trains, converts and samples EC-DiT, a text-to-image diffusion transformer with expert-choice routing",
     license="Apache-2.0",
     packages=find_packages(include=["megadit", "megadit.*"]),
     package_data={"megadit": ["py.typed"]},
     python_requires=">=3.11",  # what the pinned numpy needs
-    install_requires=read_requirements("requirements.txt"),
+    install_requires=[pin for name, pin in pins.items() if name not in OPTIONAL.values()],
     extras_require={
-        "test": read_requirements("requirements-test.txt"),
-        "encoders": ["transformers>=4.50", "diffusers>=0.33"],  # frozen text encoders and VAEs
-        "wandb": ["wandb>=0.19"],
+        **{extra: [pins[name]] for extra, name in OPTIONAL.items()},
+        "test": [*pins.values(), *read_requirements("requirements-test.txt")],
     },
     entry_points={"console_scripts": ["megadit-train = megadit.train:main"]},
 )

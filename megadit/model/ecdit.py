@@ -7,7 +7,11 @@ stage as a keyword argument.
 
 from __future__ import annotations
 
+from functools import partial
+
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megadit.model.block import Block
 from megadit.model.config import ECDiTConfig
@@ -25,9 +29,17 @@ class ECDiT(nn.Module):
     """Layers `layers` of an EC-DiT of `config`. A stage that holds all of them is the whole network."""
 
     def __init__(
-        self, config: ECDiTConfig, text: TextConfig, layers: range, region: Region, expert_group: Group
+        self,
+        config: ECDiTConfig,
+        text: TextConfig,
+        layers: range,
+        region: Region,
+        expert_group: Group,
+        recompute: bool = False,
     ) -> None:
+        """`recompute`: keep only the blocks' inputs for the backward pass, and run each block again there."""
         super().__init__()
+        self.recompute = recompute
         self.tensor_group = region.group
         self.embed = Embedding(config, text, region) if layers.start == 0 else None
         self.blocks = nn.ModuleDict(
@@ -56,8 +68,10 @@ class ECDiT(nn.Module):
         # Conditioning and text are whole on every rank, but a rank's cut layers send back only their part of the
         # gradient. Entering once per stage makes one sum of it instead of one per layer.
         entered_BD, entered_BLX = enter(cond_BD, self.tensor_group), enter(text_BLX, self.tensor_group)
+        recompute = self.recompute and torch.is_grad_enabled()
         for block in self.blocks.values():
-            x_BTD = block(x_BTD, entered_BD, entered_BLX, text_mask_BL)
+            run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False) if recompute else block
+            x_BTD = run(x_BTD, entered_BD, entered_BLX, text_mask_BL)
         if self.head is not None:
             return self.head(x_BTD, entered_BD, size)
         return x_BTD, cond_BD, text_BLX

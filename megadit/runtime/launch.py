@@ -34,15 +34,16 @@ class Process:
 def discover(environ: Mapping[str, str]) -> tuple[int, int, int]:
     """(rank, world_size, local_rank) from the launcher's environment variables.
 
-    Order: RANK and WORLD_SIZE (torchrun, deepspeed), then SLURM_PROCID and SLURM_NTASKS when srun started this
-    process (SLURM_STEP_ID; a bare sbatch script carries SLURM_NTASKS too, but is one process), else (0, 1, 0).
+    Order: RANK and WORLD_SIZE (torchrun, deepspeed), then SLURM_PROCID and SLURM_NTASKS (srun), else (0, 1, 0). The
+    script of an sbatch job carries SLURM_NTASKS too, yet is one process: it has ENVIRONMENT=BATCH and no step.
     Raises ValueError when only half of a pair is set, or when the rank is not below the world size.
     """
     for rank_key, world_key, local_key in (
         ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
         ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
     ):
-        if rank_key.startswith("SLURM") and "SLURM_STEP_ID" not in environ:
+        in_batch_script = environ.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_ID" not in environ
+        if rank_key.startswith("SLURM") and in_batch_script:
             continue
         present = [key for key in (rank_key, world_key) if key in environ]
         if len(present) == 1:

@@ -105,7 +105,12 @@ def region_of(config: RunConfig, grid: Grid) -> Region:
 def build_model(config: RunConfig, grid: Grid, device: torch.device) -> ECDiT:
     """This rank's stage, cut and initialised: weights depend on run.seed and their names alone."""
     layers = partition(stage_costs(config.model, config.text), grid["pp"].size)[grid["pp"].rank]
-    model = ECDiT(config.model, config.text, layers, region_of(config, grid), grid["ep"]).to(device, config.dtype)
+    recompute = config.run.recompute == "block"
+    model = ECDiT(config.model, config.text, layers, region_of(config, grid), grid["ep"], recompute)
+    model = model.to(device, config.dtype)
+    if config.run.compile:
+        for block in model.blocks.values():
+            block.compile(fullgraph=True, dynamic=False)
     initialise(model.named_parameters(), grid, config.run.seed, lambda name: init_of(name, config.model))
     return model
 

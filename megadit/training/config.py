@@ -39,6 +39,8 @@ class RunSection:
     seed: int = 0
     steps: int = 1000
     dtype: Literal["float32", "float64"] = "float32"
+    compile: bool = False  # torch.compile of each block, as one graph of fixed shapes
+    recompute: Literal["none", "block"] = "none"  # block: keep each block's inputs only and run it again backward
 
 
 @dataclass(frozen=True)

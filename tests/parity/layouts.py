@@ -11,5 +11,7 @@ LAYOUTS = {
     "tensor2_pipeline2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
     "tensor2_sequence": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
     "tensor2_expert2_sequence": (4, ["parallel.tensor=2", "parallel.expert=2", "parallel.sequence=true"]),
+    "tensor2_expert2_recompute": (4, ["parallel.tensor=2", "parallel.expert=2", "run.recompute=block"]),
+    "pipeline2_expert2_recompute": (4, ["parallel.pipeline=2", "parallel.expert=2", "run.recompute=block"]),
     "tensor2_pipeline2_sequence": (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]),
 }
