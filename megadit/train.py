@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 
-from megadit.runtime.launch import Process, process_group
+from megadit.runtime.launch import LaunchError, Process, process_group
 from megadit.runtime.log import setup_logging
 from megadit.training.build import Inputs, build_run, read_inputs
 from megadit.training.config import RunConfig, check, describe, load_config
@@ -47,29 +47,38 @@ def agree(process: Process, fault: str | None) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train. Returns the exit status: 0, or 2 when the input was refused before anything was written."""
     args = arguments(argv)
-    with process_group() as process:
-        setup_logging(process.rank)
-        config: RunConfig | None = None
-        inputs: Inputs | None = None
-        fault = None
-        try:
-            config = load_config(args.config, args.overrides)
-            layout = check(config, process.world_size)
-            inputs = read_inputs(config)
-        except ValueError as error:
-            fault = str(error)
-        if not agree(process, fault):
-            return BAD_INPUT
-        assert config is not None and inputs is not None
-        run = build_run(config, layout, inputs, process)
-        start = 0
-        try:
-            start = resume(run)
-        except ValueError as error:
-            fault = str(error)
-        if not agree(process, fault):
-            return BAD_INPUT
-        train(run, start)
+    try:
+        with process_group() as process:
+            setup_logging(process.rank)
+            return start(process, args.config, args.overrides)
+    except LaunchError as error:
+        print(f"megadit: {error}", file=sys.stderr)  # noqa: T201
+        return BAD_INPUT
+
+
+def start(process: Process, path: str, overrides: Sequence[str]) -> int:
+    """Read and check everything that is read, then go on from the newest checkpoint. Collective."""
+    config: RunConfig | None = None
+    inputs: Inputs | None = None
+    fault = None
+    try:
+        config = load_config(path, overrides)
+        layout = check(config, process.world_size)
+        inputs = read_inputs(config)
+    except ValueError as error:
+        fault = str(error)
+    if not agree(process, fault):
+        return BAD_INPUT
+    assert config is not None and inputs is not None
+    run = build_run(config, layout, inputs, process)
+    step = 0
+    try:
+        step = resume(run)
+    except ValueError as error:
+        fault = str(error)
+    if not agree(process, fault):
+        return BAD_INPUT
+    train(run, step)
     return 0
 
 

@@ -31,12 +31,16 @@ class Process:
         return self.rank == 0
 
 
+class LaunchError(ValueError):
+    """The launcher's environment variables contradict one another, or some are missing."""
+
+
 def discover(environ: Mapping[str, str]) -> tuple[int, int, int]:
     """(rank, world_size, local_rank) from the launcher's environment variables.
 
     Order: RANK and WORLD_SIZE (torchrun, deepspeed), then SLURM_PROCID and SLURM_NTASKS (srun), else (0, 1, 0). The
     script of an sbatch job carries SLURM_NTASKS too, yet is one process: it has ENVIRONMENT=BATCH and no step.
-    Raises ValueError when only half of a pair is set, or when the rank is not below the world size.
+    Raises LaunchError when only half of a pair is set, or when the rank is not below the world size.
     """
     for rank_key, world_key, local_key in (
         ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
@@ -48,13 +52,20 @@ def discover(environ: Mapping[str, str]) -> tuple[int, int, int]:
         present = [key for key in (rank_key, world_key) if key in environ]
         if len(present) == 1:
             missing = world_key if present[0] == rank_key else rank_key
-            raise ValueError(f"the environment sets {present[0]} but not {missing}; a launcher sets both")
+            raise LaunchError(f"the environment sets {present[0]} but not {missing}; a launcher sets both")
         if present:
-            rank, world_size = int(environ[rank_key]), int(environ[world_key])
+            rank, world_size, local_rank = (_number(environ, key) for key in (rank_key, world_key, local_key))
             if not 0 <= rank < world_size:
-                raise ValueError(f"{rank_key}={rank} is not below {world_key}={world_size}")
-            return rank, world_size, int(environ.get(local_key, "0"))
+                raise LaunchError(f"{rank_key}={rank} is not below {world_key}={world_size}")
+            return rank, world_size, local_rank
     return 0, 1, 0
+
+
+def _number(environ: Mapping[str, str], key: str) -> int:
+    value = environ.get(key, "0")
+    if not value.isdecimal():
+        raise LaunchError(f"{key}={value!r} is not a number")
+    return int(value)
 
 
 def first_host(nodelist: str) -> str:
@@ -65,7 +76,7 @@ def first_host(nodelist: str) -> str:
     """
     match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\])?", nodelist)
     if match is None:
-        raise ValueError(f"cannot read a host name from SLURM_JOB_NODELIST={nodelist!r}; set MASTER_ADDR")
+        raise LaunchError(f"cannot read a host name from SLURM_JOB_NODELIST={nodelist!r}; set MASTER_ADDR")
     return match[1] + (match[2] or "")
 
 
@@ -76,16 +87,18 @@ def rendezvous(environ: Mapping[str, str]) -> tuple[str, int]:
     elif "SLURM_JOB_NODELIST" in environ:
         address = first_host(environ["SLURM_JOB_NODELIST"])
     else:
-        raise ValueError("several processes, but MASTER_ADDR is not set: start with torchrun, deepspeed or srun")
-    default_port = 20000 + int(environ.get("SLURM_JOB_ID", "9500")) % 20000
-    return address, int(environ.get("MASTER_PORT", default_port))
+        raise LaunchError("several processes, but MASTER_ADDR is not set: start with torchrun, deepspeed or srun")
+    if "MASTER_PORT" in environ:
+        return address, _number(environ, "MASTER_PORT")
+    return address, 20000 + _number(environ, "SLURM_JOB_ID") % 20000  # jobs that share a node need different ports
 
 
 @contextmanager
 def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Process]:
     """Join the others (NCCL where there is a CUDA device, else gloo), yield this `Process`, leave at the end.
 
-    DeepSpeed picks its accelerator from DS_ACCELERATOR, so that is set here too, before anything imports it.
+    DeepSpeed picks its accelerator from DS_ACCELERATOR, so that is set here too, before anything imports it. Raises
+    LaunchError when the environment does not say who is who.
     """
     rank, world_size, local_rank = discover(os.environ)
     if torch.cuda.is_available():
@@ -105,14 +118,7 @@ def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Proces
         # A restarted group must not read the keys of the group before it.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"megadit/{attempt}", store)
-    dist.init_process_group(
-        backend,
-        store=store,
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
-        device_id=device if backend == "nccl" else None,
-    )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
         yield Process(rank, world_size, local_rank, device)
     finally:

@@ -167,12 +167,17 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 
 def describe() -> str:
-    """Every section and key with its default: the body of --help."""
+    """Every section and key, with its default and its choices: the body of --help."""
     lines = []
     for section, kind in SECTIONS.items():
-        values = ", ".join(f"{f.name}={getattr(kind(), f.name)!r}" for f in dataclasses.fields(kind))
-        lines.append(f"  {section}: {values}")
-    return "\n".join(lines)
+        lines += ["", f"{section}: {(kind.__doc__ or '').splitlines()[0]}"]
+        hints = typing.get_type_hints(kind)
+        for known in dataclasses.fields(kind):
+            default = yaml.safe_dump(getattr(kind(), known.name), default_flow_style=True).splitlines()[0]
+            is_choice = typing.get_origin(hints[known.name]) is Literal
+            choices = " | ".join(str(choice) for choice in typing.get_args(hints[known.name])) if is_choice else ""
+            lines.append(f"  {section}.{known.name}={default}".ljust(36) + choices)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 # --- rules between sections -------------------------------------------------------------------------------------------

@@ -89,8 +89,7 @@ def train(run: Run, start: int) -> None:
             )
         if _due(step, config.checkpoint.every, last):
             save(run, step)
-        if extra or last:
-            clock.lap()  # evaluation and saving are not part of the next step's time
+        clock.lap()  # evaluating, recording and saving are not part of the next step's time
     if recorder is not None:
         recorder.close()
         logger.info("finished: %s", directory)

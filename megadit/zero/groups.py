@@ -24,7 +24,7 @@ class ZeroConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW (arXiv 1711.05101) after a linear warm-up; `clip` bounds the gradient's norm over all parameters."""
+    """AdamW (arXiv 1711.05101) after a linear warm-up; `clip` bounds the norm of the whole gradient (0: no bound)."""
 
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.95)

@@ -49,7 +49,8 @@ class ReferenceEngine:
         held = [parameter for _, parameter in self.named if parameter.grad is not None]
         owned = [p.grad for p in held if p.grad is not None and placement_of(p).is_owner(self.grid)]
         norm = global_norm(owned, self.grid, like=held[0])
-        torch.nn.utils.clip_grads_with_norm_(held, self.config.clip, norm)
+        if self.config.clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(held, self.config.clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
