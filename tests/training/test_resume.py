@@ -48,3 +48,25 @@ def test_a_finished_run_trains_nothing(tmp_path):
     assert status == 0
     assert "is finished: step 8 of 8" in errors
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("precision", "tolerance"),
+    [(["run.dtype=float64", "zero.stage=0"], 1e-9), (["run.dtype=float32", "zero.stage=1"], 2e-5)],
+)
+def test_a_run_goes_on_in_another_layout(precision, tolerance, tmp_path):
+    command = ["--config", "tests/configs/tiny.yaml", *precision]
+    train_on(1, *command, "run.steps=9", f"run.dir={tmp_path / 'straight'}")
+    moved = f"run.dir={tmp_path / 'moved'}"
+    tensor_expert = ["parallel.tensor=2", "parallel.expert=2"]
+    for steps, world_size, layout in (
+        (3, 4, tensor_expert),
+        (6, 4, ["parallel.pipeline=2"]),
+        (9, 2, ["parallel.expert=2"]),
+    ):
+        results = train_on(world_size, *command, f"run.steps={steps}", moved, *layout)
+        assert [status for status, _ in results] == [0] * world_size
+    expected, found = (read_metrics(tmp_path / name / METRICS_FILE) for name in ("straight", "moved"))
+    for key in ("loss", "grad_norm"):
+        values = [line[key] for line in found]
+        assert values == pytest.approx([line[key] for line in expected], rel=tolerance, abs=0)
