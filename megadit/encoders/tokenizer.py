@@ -11,7 +11,7 @@ import sentencepiece
 import torch
 from torch import Tensor
 
-PADDING, UNKNOWN, BEGIN, END = 0, 1, 2, 3
+PADDING, UNKNOWN, BEGIN, END = 0, 1, 2, 3  # of the models that we train; a given one says its own
 
 
 class Tokenizer:
@@ -20,10 +20,17 @@ class Tokenizer:
     def __init__(self, serialized: bytes) -> None:
         """`serialized` is the content of a sentencepiece `.model` file. Raises ValueError if it is not one."""
         self.serialized = serialized
+        if not serialized:  # sentencepiece would load nothing and say nothing
+            raise ValueError("not a sentencepiece model: it is empty")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=serialized)
         except (RuntimeError, OSError) as error:
             raise ValueError(f"not a sentencepiece model: {error}") from error
+        self._padding, self._end = self._processor.pad_id(), self._processor.eos_id()
+        if min(self._padding, self._end) < 0:
+            raise ValueError("the sentencepiece model has no padding or no end piece; train it with --pad_id=0")
+        begin = self._processor.bos_id()
+        self._begin = [begin] if begin >= 0 else []  # T5's has none
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -68,15 +75,18 @@ class Tokenizer:
 
     def too_long(self, texts: Iterable[str], length: int) -> list[str]:
         """Those of the texts that `encode` would cut to `length` tokens."""
-        return [text for text in texts if len(self._processor.encode(text)) > length - 2]
+        room = length - len(self._begin) - 1
+        return [text for text in texts if len(self._processor.encode(text)) > room]
 
     def encode(self, texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
-        """Ids [B, length], int64, and mask [B, length], True at tokens. A longer text is cut; it still ends in END.
+        """Ids [B, length], int64, and mask [B, length], True at tokens. A longer text is cut; it still ends in the end.
 
-        The empty text is (BEGIN, END): the caption of the unconditional branch.
+        A text is (begin, its pieces, end). The empty one is the caption of the unconditional branch.
         """
-        ids = torch.full((len(texts), length), PADDING)
-        for row, pieces in zip(ids, self._processor.encode(list(texts)), strict=True):
-            tokens = [BEGIN, *pieces[: length - 2], END]
-            row[: len(tokens)] = torch.tensor(tokens)
-        return ids, ids != PADDING
+        ids = torch.full((len(texts), length), self._padding)
+        mask = torch.zeros((len(texts), length), dtype=torch.bool)
+        for i, pieces in enumerate(self._processor.encode(list(texts))):
+            tokens = [*self._begin, *pieces[: length - len(self._begin) - 1], self._end]
+            ids[i, : len(tokens)] = torch.tensor(tokens)
+            mask[i, : len(tokens)] = True
+        return ids, mask

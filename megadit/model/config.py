@@ -46,7 +46,8 @@ class ECDiTConfig:
 
     def capacity(self, tokens: int) -> int:
         """Tokens that each expert takes of a routing group of `tokens`: min(S, ceil(S f_c / E))."""
-        return min(tokens, math.ceil(tokens * self.capacity_factor / self.experts))
+        exact = tokens * self.capacity_factor / self.experts
+        return min(tokens, math.ceil(exact - 1e-9))  # 100 x 1.1 / 10 is a little more than 11 in floating point
 
 
 def _size(layers: int, width: int, kv_heads: int, experts: int) -> dict[str, int]:

@@ -31,7 +31,7 @@ def unpatchify(tokens_BTP: Tensor, patch: int, size: tuple[int, int]) -> Tensor:
 
 @lru_cache(maxsize=64)
 def sincos_positions(rows: int, columns: int, width: int, scale: float, device: torch.device) -> Tensor:
-    """Fixed 2-D positions [rows * columns, width] in float64: half of the features for the row, half for the column.
+    """Fixed 2-D positions [rows * columns, width] in float64: half of the features for the column, half for the row.
 
     As in DiT (arXiv 2212.09748) after MAE; `scale` multiplies the coordinates, so that another resolution spans the
     range that the model was trained on.
@@ -44,7 +44,7 @@ def sincos_positions(rows: int, columns: int, width: int, scale: float, device: 
 
     by_row = encode(rows)[:, None, :].expand(rows, columns, -1)
     by_column = encode(columns)[None, :, :].expand(rows, columns, -1)
-    return torch.cat([by_row, by_column], dim=2).flatten(0, 1)
+    return torch.cat([by_column, by_row], dim=2).flatten(0, 1)
 
 
 def time_features(timesteps_B: Tensor) -> Tensor:

@@ -45,8 +45,10 @@ def generate(
     """One image per prompt, [B, C, H, W], on every rank that takes part. Collective over the model's ranks.
 
     Image i starts from noise that depends on (seed, first_index + i) alone. `length`: tokens of a caption.
-    Raises ValueError for an empty prompt: the empty caption is what guidance steers away from.
+    Raises ValueError for no prompts, and for an empty one: the empty caption is what guidance steers away from.
     """
+    if not prompts:
+        raise ValueError("no prompts; say what to draw")
     for i, prompt in enumerate(prompts):
         if not prompt.strip():
             raise ValueError(f"prompt {first_index + i} is empty; say what to draw")

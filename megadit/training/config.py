@@ -242,6 +242,11 @@ def patches_fit(config: RunConfig, world_size: int) -> Iterator[str]:
         yield f"model.width={config.model.width} is not a multiple of 4, which 2-D positions need"
 
 
+def captions_fit(config: RunConfig, world_size: int) -> Iterator[str]:
+    if config.text.length < 3:
+        yield f"text.length={config.text.length} has no room between a caption's begin and end; use 3 or more"
+
+
 def layers_fill_stages(config: RunConfig, world_size: int) -> Iterator[str]:
     if config.parallel.pipeline > config.model.layers:
         yield (
@@ -295,7 +300,7 @@ def counts_are_positive(config: RunConfig, world_size: int) -> Iterator[str]:
 # The first rule that finds a fault is the one reported: later ones may assume that earlier ones hold.
 RULES: tuple[tuple[Rule, ...], ...] = (
     (counts_are_positive,),
-    (tensor_divides, experts_divide, heads_share, patches_fit, layers_fill_stages, zero_keeps_precision),
+    (tensor_divides, experts_divide, heads_share, patches_fit, captions_fit, layers_fill_stages, zero_keeps_precision),
     (batch_divides,),
 )
 

@@ -1,0 +1,96 @@
+"""Patches, positions and times against loops and against diffusers."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megadit.model.embed import Embedding, Head, patchify, sincos_positions, time_features, unpatchify
+
+CPU = torch.device("cpu")
+SIZES = [(8, 8), (4, 12), (12, 4), (2, 2)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_patches_are_cut_row_by_row(randn, size):
+    (height, width), image = size, randn(2, 3, *size)
+    tokens = patchify(image, 2)
+    assert tokens.shape == (2, height * width // 4, 12)
+    for b in range(2):
+        for row in range(height // 2):
+            for column in range(width // 2):
+                cut = image[b, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+                assert torch.equal(tokens[b, row * (width // 2) + column], cut.flatten())
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+@pytest.mark.parametrize("size", SIZES)
+def test_unpatchify_is_the_inverse(randn, size, patch):
+    image = randn(2, 3, *size)
+    assert torch.equal(unpatchify(patchify(image, patch), patch, size), image)
+
+
+@pytest.mark.parametrize(("rows", "columns", "scale"), [(3, 5, 1.0), (5, 3, 0.5), (1, 4, 2.0)])
+def test_positions_encode_column_then_row(rows, columns, scale):
+    positions = sincos_positions(rows, columns, 16, scale, CPU)
+    assert positions.shape == (rows * columns, 16) and positions.dtype == torch.float64
+    for row in range(rows):
+        for column in range(columns):
+            expected = []
+            for coordinate in (column * scale, row * scale):
+                angles = [coordinate / 10000 ** (i / 4) for i in range(4)]
+                expected += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+            assert positions[row * columns + column].tolist() == pytest.approx(expected, abs=1e-14)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_positions_agree_with_diffusers(scale):
+    reference = pytest.importorskip("diffusers.models.embeddings", reason="diffusers is the reference")
+    theirs = reference.get_2d_sincos_pos_embed(48, 6, base_size=6, interpolation_scale=1 / scale, output_type="pt")
+    torch.testing.assert_close(sincos_positions(6, 6, 48, scale, CPU), theirs, rtol=0, atol=1e-12)
+
+
+def test_time_features_agree_with_diffusers():
+    reference = pytest.importorskip("diffusers.models.embeddings", reason="diffusers is the reference")
+    times = torch.linspace(0, 1, 33)
+    theirs = reference.get_timestep_embedding(1000 * times, 256, flip_sin_to_cos=True, downscale_freq_shift=0)
+    torch.testing.assert_close(time_features(times), theirs, rtol=0, atol=1e-6)
+
+
+def test_time_features_are_cosines_then_sines():
+    times = [0.0, 0.25, 1.0]
+    expected = [
+        [f(1000 * t / 10000 ** (i / 128)) for f in (math.cos, math.sin) for i in range(128)] for t in times
+    ]  # fmt: skip
+    features = time_features(torch.tensor(times, dtype=torch.float64))
+    # The frequencies are rounded to float32, the angles reach 1000.
+    torch.testing.assert_close(features, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1000 * 2**-23)
+
+
+@pytest.mark.parametrize(("size", "scale"), [((8, 8), 1.0), ((16, 8), 0.5), ((4, 4), 2.0)])
+def test_embedding_is_patches_and_positions_and_a_time_network(config, text, region, filled, randn, size, scale):
+    """An image of another size spans the coordinates of `image_size`."""
+    embedding, image, times = (
+        filled(Embedding(config, text, region)),
+        randn(2, 3, *size),
+        torch.tensor([0.2, 0.7]).double(),
+    )
+    ids, mask = torch.tensor([[2, 7, 3], [2, 3, 0]]), torch.tensor([[True] * 3, [True, True, False]])
+    x, cond, states = embedding(image, times, ids, mask)
+    positions = sincos_positions(size[0] // 2, size[1] // 2, 32, scale, CPU)
+    expected = patchify(image, 2) @ embedding.patch.weight.T + embedding.patch.bias + positions
+    torch.testing.assert_close(x, expected, rtol=0, atol=1e-13)
+    hidden = F.silu(time_features(times) @ embedding.time_in.weight.T + embedding.time_in.bias)
+    expected = hidden @ embedding.time_out.weight.T + embedding.time_out.bias
+    torch.testing.assert_close(cond, expected, rtol=0, atol=1e-13)
+    assert torch.equal(states, embedding.text(ids, mask))
+
+
+def test_head_modulates_and_puts_patches_in_their_places(config, region, filled, randn):
+    head, x, cond = filled(Head(config, region)), randn(2, 8, 32), randn(2, 32)
+    shift, scale = head.modulation(cond)
+    patches = (F.layer_norm(x, (32,), eps=1e-6) * (1 + scale) + shift) @ head.linear.weight.T + head.linear.bias
+    image = head(x, cond, (8, 4))
+    assert image.shape == (2, 3, 8, 4)
+    torch.testing.assert_close(patchify(image, 2), patches, rtol=0, atol=1e-13)
