@@ -128,7 +128,7 @@ class Group:
         """This rank's part of a replicated tensor along `dim`: no communication."""
         if self.size == 1:
             return x
-        return x.chunk(self.size, dim=dim)[self.rank].contiguous()
+        return x.chunk(self.size, dim=dim)[self.rank].clone(memory_format=torch.contiguous_format)
 
     def all_to_all(self, x: Tensor) -> Tensor:
         """Equal-split exchange along dimension 0: part i goes to rank i, and comes from it."""

@@ -39,7 +39,8 @@ def discover(environ: Mapping[str, str]) -> tuple[int, int, int]:
     """(rank, world_size, local_rank) from the launcher's environment variables.
 
     Order: RANK and WORLD_SIZE (torchrun, deepspeed), then SLURM_PROCID and SLURM_NTASKS (srun), else (0, 1, 0). The
-    script of an sbatch job carries SLURM_NTASKS too, yet is one process: it has ENVIRONMENT=BATCH and no step.
+    script of an sbatch job and the shell of salloc carry SLURM_NTASKS too, yet are one process: the former has
+    ENVIRONMENT=BATCH and no step, the latter no SLURM_PROCID.
     Raises LaunchError when only half of a pair is set, or when the rank is not below the world size.
     """
     for rank_key, world_key, local_key in (
@@ -47,7 +48,7 @@ def discover(environ: Mapping[str, str]) -> tuple[int, int, int]:
         ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
     ):
         in_batch_script = environ.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_ID" not in environ
-        if rank_key.startswith("SLURM") and in_batch_script:
+        if rank_key == "SLURM_PROCID" and (in_batch_script or rank_key not in environ):
             continue
         present = [key for key in (rank_key, world_key) if key in environ]
         if len(present) == 1:
@@ -71,21 +72,22 @@ def _number(environ: Mapping[str, str], key: str) -> int:
 def first_host(nodelist: str) -> str:
     """The first host of a SLURM node list.
 
-    >>> first_host("gpu[007-012,020],login1"), first_host("node3"), first_host("a-1,b-2")
-    ('gpu007', 'node3', 'a-1')
+    >>> first_host("gpu[007-012,020],login1"), first_host("node3"), first_host("a-1,b-2"), first_host("r[1-2]n[3-4]-ib")
+    ('gpu007', 'node3', 'a-1', 'r1n3-ib')
     """
-    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\])?", nodelist)
+    match = re.match(r"(?:[^,\[\]]|\[[^\]]*\])+", nodelist)
     if match is None:
-        raise LaunchError(f"cannot read a host name from SLURM_JOB_NODELIST={nodelist!r}; set MASTER_ADDR")
-    return match[1] + (match[2] or "")
+        raise LaunchError(f"cannot read a host name from the node list {nodelist!r}; set MASTER_ADDR")
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[0])
 
 
 def rendezvous(environ: Mapping[str, str]) -> tuple[str, int]:
-    """(address, port) of rank 0. Under srun the address is the job's first node and the port follows the job's id."""
+    """(address, port) of rank 0. Under srun the address is the step's first node and the port follows the job's id."""
+    nodelist = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
     if "MASTER_ADDR" in environ:
         address = environ["MASTER_ADDR"]
-    elif "SLURM_JOB_NODELIST" in environ:
-        address = first_host(environ["SLURM_JOB_NODELIST"])
+    elif nodelist:
+        address = first_host(nodelist)
     else:
         raise LaunchError("several processes, but MASTER_ADDR is not set: start with torchrun, deepspeed or srun")
     if "MASTER_PORT" in environ:

@@ -53,9 +53,10 @@ class _Optimizer(DeepSpeedZeroOptimizer):
         """
         owned = []
         for gradients, parameters in zip(self.averaged_gradients.values(), self.params_in_partition, strict=True):
-            # Padding carries a mark and belongs to no parameter.
+            # Padding belongs to no parameter: some carries a mark, and what fills up a partition comes last, without.
             real = [g for g in gradients if not getattr(g, "_zero_padding", False)]
-            for gradient, parameter in zip(real, parameters, strict=True):
+            assert len(real) - len(parameters) in (0, 1)
+            for gradient, parameter in zip(real, parameters, strict=False):
                 placement = placement_of(parameter)
                 if placement.is_owner(self.grid, sharded=placement.data_axes):
                     owned.append(gradient)

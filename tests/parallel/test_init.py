@@ -11,6 +11,7 @@ from tests.parallel.places import Place, coordinates, layouts_of, name_of
 (ALONE,) = layouts_of(1)
 EXPERTS = Placement(cuts=(Cut(0, ("ep", "tp")),))
 WHOLE = (8, 16, 3)
+UNIT = Normal(1.0)
 CASES = {
     "replicated": (Placement(), lambda pp, edp, ep, tp, layout: slice(None)),
     "columns": (
@@ -25,7 +26,7 @@ CASES = {
 }
 
 
-def started(placement, local_shape, grid, name="w", seed=0, init=Normal(1.0), dtype=torch.float32):
+def started(placement, local_shape, grid, name="w", seed=0, init=UNIT, dtype=torch.float32):
     parameter = placed(local_shape, placement, dtype=dtype)
     initialise([(name, parameter)], grid, seed, lambda name: init)
     return parameter.detach()

@@ -6,6 +6,8 @@ LAYOUTS = {
     "pipeline2": (2, ["parallel.pipeline=2"]),
     "expert2": (2, ["parallel.expert=2"]),
     "data2": (2, []),
+    "data4": (4, []),
+    "expert2_data2": (4, ["parallel.expert=2"]),
     "tensor2_expert2": (4, ["parallel.tensor=2", "parallel.expert=2"]),
     "pipeline2_expert2": (4, ["parallel.pipeline=2", "parallel.expert=2"]),
     "tensor2_pipeline2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),

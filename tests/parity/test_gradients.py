@@ -15,7 +15,6 @@ from tests.ranks import run_ranks
 EXTRA = {
     "tensor4": (4, ["parallel.tensor=4"]),
     "expert4": (4, ["parallel.expert=4"]),
-    "expert2_data2": (4, ["parallel.expert=2"]),
     "pipeline4": (4, ["parallel.pipeline=4"]),
 }
 VARIANTS = {"": [], "ungated_bias": ["model.modulation=scale_shift", "model.bias=true"], "dense": ["model.experts=0"]}

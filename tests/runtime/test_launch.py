@@ -5,11 +5,12 @@ import os
 import pytest
 import torch.distributed as dist
 
-from megadit.runtime.launch import discover, first_host, process_group, rendezvous
+from megadit.runtime.launch import LaunchError, discover, first_host, process_group, rendezvous
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "2"}
 STEP = {"SLURM_STEP_ID": "0"}
+BATCH = {"ENVIRONMENT": "BATCH"}
 
 
 @pytest.mark.parametrize(
@@ -17,9 +18,12 @@ STEP = {"SLURM_STEP_ID": "0"}
     [
         ({}, (0, 1, 0)),
         (TORCHRUN, (5, 8, 1)),
+        (SLURM, (3, 4, 2)),
         (SLURM | STEP, (3, 4, 2)),
-        (SLURM, (0, 1, 0)),  # sbatch without srun
-        ({"SLURM_NTASKS": "4"}, (0, 1, 0)),
+        (SLURM | STEP | BATCH, (3, 4, 2)),  # srun in the script of an sbatch job
+        (SLURM | BATCH, (0, 1, 0)),  # the script itself
+        ({"SLURM_NTASKS": "4"} | BATCH, (0, 1, 0)),
+        ({"SLURM_NTASKS": "4"}, (0, 1, 0)),  # the shell of salloc
         (TORCHRUN | SLURM | STEP, (5, 8, 1)),  # torchrun started by srun, one per node
         ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1, 0)),  # no local rank: the first on its node
         ({"LOCAL_RANK": "1"}, (0, 1, 0)),
@@ -35,15 +39,15 @@ def test_place_among_the_processes(environ, place):
         ({"RANK": "0"}, "sets RANK but not WORLD_SIZE"),
         ({"WORLD_SIZE": "2"}, "sets WORLD_SIZE but not RANK"),
         ({"SLURM_PROCID": "0"} | STEP, "sets SLURM_PROCID but not SLURM_NTASKS"),
-        ({"SLURM_NTASKS": "2"} | STEP, "sets SLURM_NTASKS but not SLURM_PROCID"),
         ({"RANK": "0"} | SLURM | STEP, "sets RANK but not WORLD_SIZE"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 is not below WORLD_SIZE=2"),
-        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1 is not below WORLD_SIZE=2"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK='-1' is not a number"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE='two' is not a number"),
         ({"SLURM_PROCID": "4", "SLURM_NTASKS": "4"} | STEP, "SLURM_PROCID=4 is not below SLURM_NTASKS=4"),
     ],
 )
 def test_a_place_that_makes_no_sense_is_refused(environ, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(LaunchError, match=message):
         discover(environ)
 
 
@@ -65,7 +69,7 @@ def test_first_host_of_a_node_list(nodelist, host):
 
 
 def test_an_empty_node_list_is_refused():
-    with pytest.raises(ValueError, match="set MASTER_ADDR"):
+    with pytest.raises(LaunchError, match="set MASTER_ADDR"):
         first_host("")
 
 
@@ -73,9 +77,9 @@ def test_an_empty_node_list_is_refused():
     ("environ", "meeting"),
     [
         ({"MASTER_ADDR": "node-0", "MASTER_PORT": "1234"}, ("node-0", 1234)),
-        ({"MASTER_ADDR": "node-0"}, ("node-0", 29500)),
+        ({"MASTER_ADDR": "node-0", "SLURM_JOB_ID": "7"}, ("node-0", 20007)),
         ({"SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "7"}, ("gpu07", 20007)),
-        ({"SLURM_JOB_NODELIST": "n1", "SLURM_JOB_ID": "4123456"}, ("n1", 23456)),
+        ({"SLURM_JOB_NODELIST": "n1", "SLURM_JOB_ID": "4135456"}, ("n1", 35456)),
         ({"SLURM_JOB_NODELIST": "n1", "SLURM_JOB_ID": "7", "MASTER_PORT": "1"}, ("n1", 1)),
         ({"SLURM_JOB_NODELIST": "n1", "MASTER_ADDR": "n2", "MASTER_PORT": "1"}, ("n2", 1)),
     ],
@@ -85,8 +89,13 @@ def test_rank_zero_is_found(environ, meeting):
 
 
 def test_several_processes_without_an_address_are_refused():
-    with pytest.raises(ValueError, match="MASTER_ADDR is not set"):
+    with pytest.raises(LaunchError, match="MASTER_ADDR is not set"):
         rendezvous({"MASTER_PORT": "1234"})
+
+
+def test_a_port_that_is_no_number_is_refused():
+    with pytest.raises(LaunchError, match="MASTER_PORT='any' is not a number"):
+        rendezvous({"MASTER_ADDR": "node-0", "MASTER_PORT": "any"})
 
 
 @pytest.mark.parametrize("environ", [{}, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}])

@@ -1,4 +1,4 @@
-"""One voice: the main process speaks, the others only warn."""
+"""One voice: the main process speaks, the others only report errors."""
 
 import logging
 
@@ -17,13 +17,12 @@ def loggers_as_they_were():
         logger.setLevel(level)
 
 
-@pytest.mark.parametrize(("rank", "heard"), [(0, ["note", "warning"]), (1, ["warning"]), (7, ["warning"])])
-def test_only_the_main_process_says_more_than_warnings(rank, heard, capsys):
+@pytest.mark.parametrize(("rank", "heard"), [(0, ["info", "warning", "error"]), (1, ["error"]), (7, ["error"])])
+def test_only_the_main_process_says_more_than_errors(rank, heard, capsys):
     setup_logging(rank)
     for name in ("megadit", "megadit.training.loop"):
-        logging.getLogger(name).info("note")
-        logging.getLogger(name).warning("warning")
-        logging.getLogger(name).debug("detail")
+        for level in ("debug", "info", "warning", "error"):
+            getattr(logging.getLogger(name), level)(level)
     out, err = capsys.readouterr()
     assert out == ""
     assert [line.split(" ", 1)[1] for line in err.splitlines()] == heard * 2

@@ -35,5 +35,11 @@ def test_different_keys_seeds_types_and_splits_are_different_streams():
 def test_the_streams_never_change():
     """Pinned: another hash or generator would make every run and checkpoint of the past unrepeatable."""
     assert stream(0, "w", 1).initial_seed() == 15119341775929772002
-    assert torch.rand(2, generator=stream(0, "w", 1), dtype=torch.float64).tolist() == [0.39565973330835236, 0.08678375776835301]
-    assert torch.randn(2, generator=stream(3, "draw", 5), dtype=torch.float64).tolist() == [0.3272343385525477, -2.189262038021146]
+    assert torch.rand(2, generator=stream(0, "w", 1), dtype=torch.float64).tolist() == [
+        0.39565973330835236,
+        0.08678375776835301,
+    ]
+    assert torch.randn(2, generator=stream(3, "draw", 5), dtype=torch.float64).tolist() == [
+        0.3272343385525477,
+        -2.189262038021146,
+    ]

@@ -94,6 +94,6 @@ class Pipeline:
         batch, keywords = pad(batch), {key: pad(value) for key, value in keywords.items()}
         output = self._schedule(False, stages, batch, keywords).eval(*([batch] if self.is_first else []), **keywords)
         if self.group.size > 1:
-            output = output.contiguous() if self.is_last else torch.empty_like(batch)
+            output = output.contiguous() if self.is_last else batch.new_empty(batch.shape)
             dist.broadcast(output, group=self.group.handle, group_src=self.group.size - 1)
         return output[:size]

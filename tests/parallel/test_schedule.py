@@ -1,0 +1,107 @@
+"""The pipeline: stages on two ranks compute and differentiate what the whole network does on one."""
+
+import pytest
+import torch
+from torch import nn
+
+from megadit.parallel.grid import Grid, Group, Layout
+from megadit.parallel.pipeline.schedule import Pipeline
+from tests.ranks import run_ranks
+
+MICROBATCHES = 4
+
+
+def numbers(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class Network(nn.Module):
+    """Layers 0 and 1, or one of them; hands on two tensors and is told two things by keyword."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.ModuleDict({str(layer): nn.Linear(5, 5).double() for layer in layers})
+        with torch.no_grad():
+            for layer, linear in self.layers.items():
+                linear.weight.copy_(numbers(int(layer), 5, 5))
+                linear.bias.copy_(numbers(10 + int(layer), 5))
+
+    def forward(self, x, origin=None, *, scale, power):
+        origin = x if origin is None else origin
+        for linear in self.layers.values():
+            x = (linear(x) * scale[:, None]).sin() + x
+        return x + origin**power if "1" in self.layers else (x.contiguous(), origin.contiguous())
+
+
+def loss_of(output, target):
+    return (output - target).square().sum()
+
+
+def keywords_of(samples):
+    return {"scale": numbers(3, samples).abs(), "power": 2}
+
+
+def pipeline_of(rank, world_size):
+    group = Grid(Layout(world_size, 1, 1, 1), rank)["pp"]
+    layers = range(2) if world_size == 1 else [rank]
+    return Pipeline(Network(layers), group, torch.device("cpu"), MICROBATCHES, loss_of)
+
+
+def train_several_shapes(rank, world_size):
+    """Each shape twice and interleaved; gradients add up over calls, as over microbatches."""
+    pipeline, whole = pipeline_of(rank, world_size), Network(range(2))
+    for samples in (4, 8, 4, 12, 8):
+        batch, target, keywords = numbers(4, samples, 5), numbers(5, samples, 5), keywords_of(samples)
+        total = pipeline.train(batch, target, keywords)
+        expected = loss_of(whole(batch, **keywords), target)
+        expected.backward()
+        shown = expected.detach() if pipeline.is_last else torch.zeros_like(expected)
+        torch.testing.assert_close(total, shown, rtol=1e-12, atol=0)
+        assert not total.requires_grad
+        for layer, linear in pipeline.stage.layers.items():
+            for name, parameter in linear.named_parameters():
+                grad = getattr(whole.layers[layer], name).grad
+                torch.testing.assert_close(parameter.grad, grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_microbatches_of_several_shapes_in_turn_add_up_to_the_whole_batch(world_size):
+    run_ranks(train_several_shapes, world_size)
+
+
+def forward_several_shapes(rank, world_size):
+    pipeline, whole = pipeline_of(rank, world_size), Network(range(2))
+    for samples in (1, 3, 4, 2, 5, 1):
+        batch, keywords = numbers(4, samples, 5), keywords_of(samples)
+        kept = batch.clone()
+        out = pipeline.forward(batch, keywords)
+        assert out.shape == batch.shape and not out.requires_grad
+        torch.testing.assert_close(out, whole(batch, **keywords).detach(), rtol=1e-12, atol=1e-12)
+        assert torch.equal(batch, kept)
+        assert len(keywords["scale"]) == samples
+    assert all(parameter.grad is None for parameter in pipeline.stage.parameters())
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_every_rank_gets_the_outputs_of_a_batch_that_does_not_fill_the_stages(world_size):
+    run_ranks(forward_several_shapes, world_size)
+
+
+def forward_strided(rank, world_size):
+    pipeline, keywords = pipeline_of(rank, world_size), keywords_of(4)
+    strided = numbers(4, 5, 4).T
+    assert not strided.is_contiguous()
+    out = pipeline.forward(strided, keywords)
+    expected = Network(range(2))(strided, **keywords).detach()
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_batch_with_other_strides_gives_the_same_outputs():
+    run_ranks(forward_strided, 2)
+
+
+def test_a_keyword_that_requires_gradients_is_refused():
+    pipeline = Pipeline(Network(range(2)), Group(None, 1, 0), torch.device("cpu"), MICROBATCHES, loss_of)
+    keywords = keywords_of(4) | {"scale": torch.ones(4, dtype=torch.float64, requires_grad=True)}
+    with pytest.raises(ValueError, match="keyword argument scale requires gradients"):
+        pipeline.train(numbers(4, 4, 5), numbers(5, 4, 5), keywords)

@@ -1,0 +1,123 @@
+"""What both engines share: parameter groups, reductions and the norm."""
+
+import pytest
+import torch
+
+from megadit.model.ecdit import ECDiT
+from megadit.model.weights import decays
+from megadit.parallel.grid import Grid, Layout
+from megadit.parallel.placement import Cut, Placement, placed
+from megadit.parallel.tensor.mappings import ReplicatedTokens
+from megadit.training.config import load_config
+from megadit.zero.groups import OptimConfig, global_norm, group_parameters
+from megadit.zero.reference import ReferenceEngine
+from tests.parallel.places import Place, layouts_of
+from tests.ranks import run_ranks
+
+DENSE, EXPERT = Placement(), Placement(cuts=(Cut(0, ("ep", "tp")),))
+PLACEMENTS = {
+    "dense": DENSE,
+    "dense.bias": DENSE,
+    "columns": Placement(cuts=(Cut(0, ("tp",)),)),
+    "partial": Placement(partial=("tp",)),
+    "expert": EXPERT,
+    "expert.bias": EXPERT,
+}
+
+
+def contents(groups):
+    return {(g.is_expert, g.data_axes, g.weight_decay): [name for name, _ in g.named] for g in groups}
+
+
+def test_dense_and_expert_parameters_with_and_without_decay():
+    named = [(name, placed((2, 2), placement)) for name, placement in PLACEMENTS.items()]
+    groups = group_parameters(named, 0.1, decays)
+    assert contents(groups) == {
+        (False, ("edp", "ep"), 0.1): ["dense", "columns", "partial"],
+        (False, ("edp", "ep"), 0.0): ["dense.bias"],
+        (True, ("edp",), 0.1): ["expert"],
+        (True, ("edp",), 0.0): ["expert.bias"],
+    }
+    assert len(groups) == 4
+    for group in groups:
+        assert [id(parameter) for parameter in group.parameters] == [id(dict(named)[name]) for name, _ in group.named]
+
+
+@pytest.mark.parametrize("kept", [["dense"], ["dense.bias", "expert"], []])
+def test_empty_groups_are_left_out(kept):
+    named = [(name, placed((2, 2), PLACEMENTS[name])) for name in kept]
+    groups = group_parameters(named, 0.1, decays)
+    assert sorted(name for group in groups for name, _ in group.named) == sorted(kept)
+    assert len(groups) == len(kept)
+
+
+@pytest.mark.parametrize("overrides", [[], ["model.bias=true", "model.modulation=scale_shift", "text.layers=2"]])
+def test_norms_biases_and_embeddings_of_the_model_do_not_decay(overrides):
+    config = load_config("tests/configs/tiny.yaml", overrides)
+    grid = Place(*layouts_of(1), 0)
+    layers = range(config.model.layers)
+    model = ECDiT(config.model, config.text, layers, ReplicatedTokens(grid["tp"]), grid["ep"])
+    # Norms and biases are the vectors; embeddings are what is looked up by token and by position.
+    spared = {name for name, p in model.named_parameters() if p.dim() == 1}
+    assert any("norm" in name for name in spared) and any(name.endswith(".bias") for name in spared)
+    spared |= {"embed.text.tokens", "embed.text.positions"}
+    named = list(model.named_parameters())
+    groups = {(g.is_expert, g.weight_decay): {n for n, _ in g.named} for g in group_parameters(named, 0.1, decays)}
+    experts = {name for name, _ in named if ".experts." in name}
+    assert len(experts) == 4
+    everything = {name for name, _ in named}
+    assert groups == {(False, 0.0): spared, (False, 0.1): everything - spared - experts, (True, 0.1): experts}
+
+
+def gradient_of(name, shape, rank, ranks_of):
+    """A whole gradient, the same on the ranks that `ranks_of` maps to one number."""
+    seed = list(PLACEMENTS).index(name) * 100 + ranks_of(rank)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def norm_on(rank, world_size, layout):
+    """The norm of gradients that are already reduced: replicas hold equal ones."""
+    grid, owned, squares = Grid(layout, rank), [], 0.0
+    for name, placement in PLACEMENTS.items():
+        whole = gradient_of(name, (8, 3), 0, int)
+        squares += whole.square().sum()
+        local = (8 // grid.size(placement.cuts[0].axes), 3) if placement.cuts else (8, 3)
+        begin = placement.offsets(local, grid)[0]
+        if placement.is_owner(grid):
+            owned.append(whole[begin : begin + local[0]])
+    norm = global_norm(owned, grid, like=torch.zeros((), dtype=torch.float64))
+    torch.testing.assert_close(norm, squares.sqrt(), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("layout", [Layout(1, 1, 2, 2), Layout(1, 2, 2, 1), Layout(1, 2, 1, 2)], ids=str)
+def test_the_norm_counts_every_element_once(layout):
+    run_ranks(norm_on, 4, layout)
+
+
+def a_stage_without_owned_parameters(rank, world_size):
+    grid = Grid(Layout(2, 1, 1, 1), rank)
+    owned = [torch.full((3, 3), 2.0)] if rank == 0 else []
+    norm = global_norm(owned, grid, like=torch.zeros(()))
+    assert float(norm) == 6.0
+
+
+def test_a_rank_that_owns_nothing_takes_part_in_the_norm():
+    run_ranks(a_stage_without_owned_parameters, 2)
+
+
+def reduced(rank, world_size, layout):
+    """`reduce_gradients` against sums over the ranks of plain tensors, every rank's own gradient known to all."""
+    grid = Grid(layout, rank)
+    named = [(name, placed((2, 3), placement, dtype=torch.float64)) for name, placement in PLACEMENTS.items()]
+    for name, parameter in named:
+        parameter.grad = gradient_of(name, (2, 3), rank, int)
+    ReferenceEngine(named, grid, OptimConfig(), decays).reduce_gradients()
+    for name, parameter in named:
+        axes = {"partial": ("edp", "ep", "tp"), "expert": ("edp",), "expert.bias": ("edp",)}.get(name, ("edp", "ep"))
+        total = sum(gradient_of(name, (2, 3), member, int) for member in layout.members(axes, rank))
+        torch.testing.assert_close(parameter.grad, total / layout.dp, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("layout", [Layout(1, 1, 2, 2), Layout(1, 2, 2, 1), Layout(1, 2, 1, 2)], ids=str)
+def test_gradients_are_summed_over_their_replicas_and_divided_by_the_size_of_dp(layout):
+    run_ranks(reduced, 4, layout)
