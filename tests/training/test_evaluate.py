@@ -1,0 +1,77 @@
+"""The held-out loss: every layout's is one process's, and it is the average weights' own."""
+
+import pytest
+import torch
+
+from megadit.diffusion.objective import velocity_loss
+from megadit.training.evaluate import heldout_loss, sample_pictures
+from megadit.training.step import prepare, train_step
+from tests.ranks import run_ranks
+from tests.training.assembled import assembled
+
+LAYOUTS = {
+    "data2": (2, []),
+    "pipeline2": (2, ["parallel.pipeline=2"]),
+    "tensor2": (2, ["parallel.tensor=2"]),
+}
+
+
+def trained(rank, world_size, overrides):
+    """A run after two steps: before them the head is zero, and all weights predict alike."""
+    large = ["data.global_batch=64", "data.micro_batch=16"]  # fewer forward passes over the held-out split
+    run = assembled(rank, world_size, "optim.lr=0.02", *large, *overrides)
+    for step in (1, 2):
+        train_step(run, step)
+    return run
+
+
+def after_training(rank, world_size, overrides):
+    return heldout_loss(trained(rank, world_size, overrides))
+
+
+def by_hand(rank, world_size):
+    """The held-out loss; the same by the bare model over the samples that count; how many count, and how many not."""
+    run = trained(rank, world_size, ["data.global_batch=200", "data.micro_batch=50"])
+    losses, filling = [], 0
+    with torch.no_grad(), run.ema.swapped_in():
+        for batch, weight_B in run.heldout_loader.heldout():
+            noisy, target, keywords = prepare(run, batch, 0, caption_dropout=0.0)
+            losses += velocity_loss(run.model(noisy, **keywords), target)[weight_B > 0].tolist()
+            filling += int((weight_B == 0).sum())
+    return heldout_loss(run), sum(losses) / len(losses), len(losses), filling
+
+
+def perturbed(rank, world_size):
+    """The held-out loss and pictures as they are, with other raw weights, and with other averages."""
+    run = trained(rank, world_size, ["sample.steps=1", "log.samples=2"])
+    found = [(heldout_loss(run), sample_pictures(run).numpy())]
+    for tensors in ([parameter.data for _, parameter in run.named], run.ema.average.values()):
+        for tensor in tensors:
+            tensor.mul_(1.5).add_(0.01)
+        found.append((heldout_loss(run), sample_pictures(run).numpy()))
+    return found
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    return run_ranks(after_training, 1, [])[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_has_the_loss_of_one_process(layout, oracle):
+    world_size, overrides = LAYOUTS[layout]
+    assert run_ranks(after_training, world_size, overrides) == pytest.approx([oracle] * world_size, rel=1e-9, abs=0)
+
+
+def test_it_is_the_mean_over_the_whole_split():
+    ((loss, expected, count, filling),) = run_ranks(by_hand, 1)
+    assert (count, filling) == (359, 41), "the last batch must be filled up to show something"
+    assert loss == pytest.approx(expected, rel=1e-12, abs=0)
+
+
+def test_loss_and_pictures_are_the_averages_not_the_weights():
+    ((before, other_weights, other_averages),) = run_ranks(perturbed, 1)
+    assert other_weights[0] == before[0]
+    assert (other_weights[1] == before[1]).all()
+    assert abs(other_averages[0] - before[0]) > 1e-6
+    assert (other_averages[1] != before[1]).any()

@@ -1,0 +1,128 @@
+"""What is random about a sample is its own, a dropped caption is the empty one, and a step reports itself."""
+
+import math
+
+import pytest
+import torch
+
+from megadit.data.batch import Batch
+from megadit.diffusion.objective import corrupt, velocity_loss
+from megadit.training.step import draw, prepare, train_step
+from tests.ranks import run_ranks
+from tests.training.assembled import assembled
+
+
+def batch_of(ids):
+    """A batch of which only the sample ids and the image's shape matter."""
+    text = torch.zeros(len(ids), 4, dtype=torch.int64)
+    return Batch(torch.tensor(ids), torch.zeros(len(ids), 1, 8, 8), text, text.bool())
+
+
+def drawn(seed, step, ids):
+    """{sample id: all that is drawn for it, as one vector}."""
+    draws = draw(seed, step, batch_of(ids))
+    columns = [draws.noise_BCHW.flatten(1), draws.normal_B[:, None], draws.uniform_B[:, None]]
+    return dict(zip(ids, torch.cat(columns, dim=1), strict=True))
+
+
+@pytest.mark.parametrize("ids", [[7], [7, 3], [3, 900, 7, 0], [0, 900, 3, 7]])
+def test_a_sample_draws_the_same_in_every_batch(ids):
+    torch.manual_seed(len(ids))  # the global generator has no part in it
+    assert torch.equal(drawn(0, 5, ids)[7], drawn(0, 5, [1, 7, 2])[7])
+
+
+def test_samples_steps_and_seeds_draw_apart():
+    vectors = [drawn(seed, step, [id])[id] for seed in (0, 1) for step in (1, 2) for id in (1, 2)]
+    for i, one in enumerate(vectors):
+        for other in vectors[:i]:
+            assert not (one == other).any()
+
+
+def test_draws_have_the_right_distributions():
+    draws = draw(0, 1, batch_of(list(range(2000))))
+    for normal, count in ((draws.noise_BCHW, 2000 * 64), (draws.normal_B, 2000)):
+        assert abs(normal.mean()) < 5 / math.sqrt(count)
+        assert abs(normal.var() - 1) < 5 * math.sqrt(2 / count)
+    assert draws.uniform_B.min() >= 0
+    assert draws.uniform_B.max() < 1
+    assert abs(draws.uniform_B.mean() - 0.5) < 5 / math.sqrt(12 * 2000)
+
+
+def prepared(rank, world_size, dropout):
+    run = assembled(rank, world_size)
+    batch = run.loader.batch(1)
+    noisy, target, keywords = prepare(run, batch, 1, dropout)
+    empty = run.inputs.tokenizer.encode([""], run.config.text.length)
+    uniform = draw(run.config.run.seed, 1, batch).uniform_B
+    given, shown = (batch.text_ids_BL, batch.text_mask_BL), (keywords["text_ids_BL"], keywords["text_mask_BL"])
+    # Values, since memory shared with a rank ends with it.
+    return [[tensor.tolist() for tensor in pair] for pair in (given, shown, empty)], uniform.tolist()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5, 1.0])
+def test_a_dropped_caption_is_replaced_by_the_empty_one(dropout):
+    ((texts, uniform),) = run_ranks(prepared, 1, dropout)
+    given, shown, empty = ([torch.tensor(part) for part in pair] for pair in texts)
+    dropped = torch.tensor(uniform) < dropout
+    assert (dropped.any().item(), dropped.all().item()) == (dropout > 0, dropout == 1), "shows nothing"
+    for before, after, blank in zip(given, shown, empty, strict=True):
+        assert torch.equal(after[~dropped], before[~dropped])
+        assert torch.equal(after[dropped], blank.expand(int(dropped.sum()), -1))
+
+
+def one_step(rank, world_size, overrides):
+    """Step 1: its report, its loss and gradient norm by hand, the largest change, whether gradients are cleared."""
+    run = assembled(rank, world_size, *overrides)
+    batch = run.loader.batch(1)
+    draws = draw(run.config.run.seed, 1, batch)
+    noisy, target = corrupt(batch.latents_BCHW, draws.noise_BCHW, torch.sigmoid(draws.normal_B))
+    keywords = prepare(run, batch, 1, run.config.objective.caption_dropout)[2]
+    loss = velocity_loss(run.model(noisy.double(), **keywords), target.double()).mean()
+    gradients = torch.autograd.grad(loss, run.model.parameters())
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    before = [parameter.detach().clone() for parameter in run.model.parameters()]
+    report = train_step(run, 1)
+    largest = max((p - b).abs().max().item() for p, b in zip(run.model.parameters(), before, strict=True))
+    cleared = all(parameter.grad is None for parameter in run.model.parameters())
+    return report, loss.item(), norm.item(), largest, cleared
+
+
+def test_a_step_reports_the_mean_loss_and_the_norm_before_clipping():
+    overrides = ["optim.weight_decay=0", "optim.clip=0.1"]
+    ((report, loss, norm, largest, cleared),) = run_ranks(one_step, 1, overrides)
+    assert report.step == 1
+    assert report.loss == pytest.approx(loss, rel=1e-12)
+    assert report.grad_norm == pytest.approx(norm, rel=1e-12)
+    assert report.grad_norm > 0.1, "nothing was clipped"
+    assert report.lr == 3e-3 / 2, "the first of two steps of warm-up"
+    # Adam's first step moves each weight by at most the rate, whatever the gradient's scale.
+    assert 0.9 * report.lr < largest <= report.lr
+    assert cleared
+
+
+def test_a_step_reports_the_routing_of_every_moe_layer():
+    ((report, *_),) = run_ranks(one_step, 1, [])
+    assert report.routing.keys() == {1, 3}
+    for stats in report.routing.values():
+        assert stats.keys() == {"unpicked", "busiest", "entropy"}
+        assert 0 <= stats["unpicked"] < 1
+        assert 0 < stats["entropy"] <= math.log(4) + 1e-12
+    ((dense, *_),) = run_ranks(one_step, 1, ["model.experts=0"])
+    assert dense.routing == {}
+
+
+def reported(rank, world_size, overrides):
+    return train_step(assembled(rank, world_size, *overrides), 1)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides"),
+    [(2, []), (2, ["parallel.pipeline=2"]), (4, ["parallel.tensor=2", "parallel.expert=2"])],
+    ids=["data2", "pipeline2", "tensor2_expert2"],
+)
+def test_every_rank_reports_what_one_process_reports(world_size, overrides):
+    (oracle,) = run_ranks(reported, 1, [])
+    first, *others = run_ranks(reported, world_size, overrides)
+    assert first.routing.keys() == oracle.routing.keys() == {1, 3}
+    assert others == [first] * (world_size - 1)
+    assert (first.loss, first.grad_norm) == pytest.approx((oracle.loss, oracle.grad_norm), rel=1e-9, abs=0)
