@@ -100,7 +100,8 @@ def _in_group(rank: int, fn: Callable[..., Any], world_size: int, init_file: str
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """`fn(rank, world_size, *args)` on every rank of a gloo group; what each returned, by rank.
 
-    `fn` is a top-level function of a test module. The first exception of a rank is raised here.
+    `fn` is a top-level function of a test module. It returns numpy arrays, not tensors, whose shared memory would end
+    with the rank. The first exception of a rank is raised here.
     """
     with tempfile.TemporaryDirectory() as folder:
         return _gather(_in_group, world_size, (fn, world_size, str(Path(folder) / "store"), args))

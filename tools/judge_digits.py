@@ -72,6 +72,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="the JSON to write; default: result.json in the run's folder")
     parser.add_argument("--show", action="store_true", help="print an earlier result instead of judging again")
     args = parser.parse_args()
+    if args.samples < 1:
+        parser.error(f"--samples {args.samples} is not more than 0")
     out = args.out or args.run / "result.json"
     if args.show:
         try:
@@ -93,11 +95,12 @@ def main() -> int:
         for begin in tqdm(range(0, args.samples, CHUNK), desc="pictures", unit="chunk", dynamic_ncols=True):
             settings = sampler.config.sample
             images.append(sampler.draw(prompts[begin : begin + CHUNK], settings, args.seed, first_index=begin))
-    result = judge(torch.cat(images), wanted)
-    result["step"] = sampler.step
-    result["line"] = f"read as prompted: {result['read_as_prompted']:.3f} (n={args.samples})"
-    out.write_text(json.dumps(result, indent=2) + "\n")
-    print("\n".join(summary(result)))
+    if process.is_main:
+        result = judge(torch.cat(images), wanted)
+        result["step"] = sampler.step
+        result["line"] = f"read as prompted: {result['read_as_prompted']:.3f} (n={args.samples})"
+        out.write_text(json.dumps(result, indent=2) + "\n")
+        print("\n".join(summary(result)))
     return 0
 
 

@@ -32,6 +32,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="the picture to write")
     parser.add_argument("--window", type=int, default=50, help="steps of the running mean (default: %(default)s)")
     args = parser.parse_args()
+    if args.window < 1:
+        parser.error(f"--window {args.window} is not more than 0")
     figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
     for i, run in enumerate(args.runs):
         colour = f"C{i}"

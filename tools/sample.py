@@ -20,17 +20,27 @@ from megadit.sampling.picture import save_grid
 from megadit.training.restore import open_sampler
 
 
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    number = int(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not more than 0")
+    return number
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("prompts", nargs="*", help="what to draw; default: the data set's held-out captions")
     parser.add_argument("--out", type=Path, help="the PNG to write; default: samples.png in the run's folder")
-    parser.add_argument("--count", type=int, default=40, help="pictures when no prompt is given (default: %(default)s)")
-    parser.add_argument("--repeat", type=int, default=1, help="pictures of each prompt (default: %(default)s)")
-    parser.add_argument("--columns", type=int, default=10, help="pictures in a row (default: %(default)s)")
-    parser.add_argument("--zoom", type=int, default=6, help="width of a pixel (default: %(default)s)")
+    parser.add_argument(
+        "--count", type=positive, default=40, help="pictures when no prompt is given (default: %(default)s)"
+    )
+    parser.add_argument("--repeat", type=positive, default=1, help="pictures of each prompt (default: %(default)s)")
+    parser.add_argument("--columns", type=positive, default=10, help="pictures in a row (default: %(default)s)")
+    parser.add_argument("--zoom", type=positive, default=6, help="width of a pixel (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="sampling steps; default: the run's sample.steps")
+    parser.add_argument("--steps", type=positive, help="sampling steps; default: the run's sample.steps")
     parser.add_argument("--guidance", type=float, help="guidance scale, 1 is none; default: the run's sample.guidance")
     parser.add_argument("--sampler", choices=("euler", "heun"), help="default: the run's sample.sampler")
     args = parser.parse_intermixed_args()
@@ -50,12 +60,14 @@ def main() -> int:
             bar = partial(tqdm, desc=f"{len(prompts)} pictures", unit="step", dynamic_ncols=True)
             images = sampler.draw(prompts, settings, args.seed, progress=bar)
         except ValueError as error:
-            print(f"sample: {error}", file=sys.stderr)
+            if process.is_main:
+                print(f"sample: {error}", file=sys.stderr)
             return 2
-        out = args.out or args.run / "samples.png"
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_grid(images, out, args.columns, args.zoom)
-        print(out)
+        if process.is_main:
+            out = args.out or args.run / "samples.png"
+            out.parent.mkdir(parents=True, exist_ok=True)
+            save_grid(images, out, args.columns, args.zoom)
+            print(out)
     return 0
 
 

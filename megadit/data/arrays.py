@@ -20,19 +20,27 @@ HELDOUT_FRACTION = 10
 @cache
 def _read(path: str) -> tuple[Tensor, list[str]]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("a single array, not an archive of them")
+        with file:
             images, captions = torch.from_numpy(file["images"].astype(np.float32)), file["captions"]
     except OSError as error:
         raise ValueError(f"data.path={path}: {error.strerror or error}") from error
     except KeyError as error:
         raise ValueError(f"data.path={path}: {error.args[0]} (the arrays needed are images and captions)") from error
-    except (ValueError, zipfile.BadZipFile) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"data.path={path}: not a readable .npz file ({error})") from error
-    if captions.dtype.kind != "U" or len(captions) != len(images) or images.ndim not in (3, 4):
+    shapes_fit = images.ndim in (3, 4) and captions.shape == (len(images),)
+    if not shapes_fit or captions.dtype.kind != "U":
         raise ValueError(
             f"data.path={path}: images must be [N, H, W] or [N, C, H, W] and captions [N] unicode; "
             f"got images {tuple(images.shape)} and captions {captions.shape} of type {captions.dtype}"
         )
+    if len(captions) < 2:
+        raise ValueError(f"data.path={path}: {len(captions)} samples; at least 2 are needed, for one is held out")
+    if not images.isfinite().all():
+        raise ValueError(f"data.path={path}: images hold NaN or infinity")
     empty = [i for i, caption in enumerate(captions) if not caption.strip()]
     if empty:
         raise ValueError(f"data.path={path}: {len(empty)} captions are empty, the first at index {empty[0]}")

@@ -22,7 +22,7 @@ class DataConfig:
     kind: Literal["digits", "arrays"] = "digits"
     path: str = ""  # arrays: the .npz file
     global_batch: int = 256
-    micro_batch: int = 32
+    micro_batch: int = 0  # 0: as large as there are pipeline stages to fill, one microbatch each
 
 
 class Dataset(Protocol):

@@ -34,7 +34,8 @@ class Normal:
     std: float
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return torch.randn(shape, generator=generator) * self.std
+        # In float64, then rounded: float32 normals differ between CPUs of different vector width.
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * self.std).float()
 
 
 @dataclass(frozen=True)

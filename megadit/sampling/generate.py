@@ -55,9 +55,10 @@ def generate(
     for prompt in tokenizer.too_long(prompts, length):
         logger.warning("the prompt %r is cut to the %d tokens that the model reads", prompt, length)
     device = pipeline.device
-    noise_BCHW = torch.stack(
-        [torch.randn(image_shape, generator=stream(seed, "sample", first_index + i)) for i in range(len(prompts))]
-    ).to(device, dtype)
+    streams = [stream(seed, "sample", first_index + i) for i in range(len(prompts))]
+    # In float64: float32 normals differ between CPUs of different vector width.
+    noise = [torch.randn(image_shape, generator=generator, dtype=torch.float64) for generator in streams]
+    noise_BCHW = torch.stack(noise).to(device, dtype)
     ids_BL, mask_BL = tokenizer.encode([*prompts, *[""] * len(prompts)], length)
     text = {"text_ids_BL": ids_BL.to(device), "text_mask_BL": mask_BL.to(device), "size": tuple(image_shape[1:])}
 

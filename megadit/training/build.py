@@ -20,7 +20,7 @@ from megadit.parallel.pipeline.partition import partition
 from megadit.parallel.pipeline.schedule import LossFunction, Pipeline
 from megadit.parallel.tensor.mappings import CutTokens, Region, ReplicatedTokens
 from megadit.runtime.launch import Process
-from megadit.training.config import RunConfig
+from megadit.training.config import RunConfig, num_microbatches
 from megadit.training.ema import Ema
 from megadit.zero import Engine, create_engine
 
@@ -74,10 +74,11 @@ def read_inputs(config: RunConfig) -> Inputs:
     wanted = (model.channels, model.image_size, model.image_size)
     if train.image_shape != wanted:
         channels, height, width = train.image_shape
+        square = f"set model.channels={channels} and model.image_size={height}"
         raise ValueError(
-            f"data.kind={config.data.kind} has images of {channels} x {height} x {width}, the model expects "
+            f"{config.data.path or 'data.kind=' + config.data.kind} has images of {channels} x {height} x {width}, the model expects "
             f"{model.channels} x {model.image_size} x {model.image_size}; "
-            f"set model.channels={channels} and model.image_size={height}"
+            f"{square if height == width else 'only square images can be trained on'}"
         )
     kept = config.directory / TOKENIZER_FILE
     if config.text.tokenizer:
@@ -127,7 +128,7 @@ def mean_over(samples: int) -> LossFunction:
 def build_pipeline(config: RunConfig, model: ECDiT, grid: Grid, device: torch.device) -> Pipeline:
     """The stage under its schedule."""
     local_batch = config.data.global_batch // grid["dp"].size
-    return Pipeline(model, grid["pp"], device, local_batch // config.data.micro_batch, mean_over(local_batch))
+    return Pipeline(model, grid["pp"], device, num_microbatches(config, grid.layout), mean_over(local_batch))
 
 
 def build_run(config: RunConfig, layout: Layout, inputs: Inputs, process: Process) -> Run:

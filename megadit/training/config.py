@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -155,7 +156,7 @@ def parse(raw: Mapping[str, Any], source: str) -> RunConfig:
 
 def check_known(name: object, known: Sequence[str] | Mapping[str, Any], what: str, prefix: str = "") -> None:
     """Raises ValueError naming the nearest known name."""
-    if name in known:
+    if isinstance(name, str) and name in known:
         return
     nearest = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.0)
     raise ValueError(f"unknown {what} {prefix}{name}; the nearest is {prefix}{nearest[0]}")
@@ -255,21 +256,27 @@ def layers_fill_stages(config: RunConfig, world_size: int) -> Iterator[str]:
         )
 
 
+def num_microbatches(config: RunConfig, layout: Layout) -> int:
+    """Forward passes of one rank in one optimizer step; by default one for each pipeline stage."""
+    return config.data.global_batch // (layout.dp * config.data.micro_batch) if config.data.micro_batch else layout.pp
+
+
 def batch_divides(config: RunConfig, world_size: int) -> Iterator[str]:
     layout, data = Layout.of(config.parallel, world_size), config.data
-    per_pass = layout.dp * data.micro_batch
+    per_pass = layout.dp * (data.micro_batch or layout.pp)
     if data.global_batch % per_pass:
         nearest = max(1, round(data.global_batch / per_pass)) * per_pass
+        one_pass = f"data.micro_batch={data.micro_batch}" if data.micro_batch else f"{layout.pp} pipeline stages"
         yield (
             f"data.global_batch={data.global_batch} is not a multiple of {layout.dp} data-parallel ranks x "
-            f"data.micro_batch={data.micro_batch}; the nearest that is: {nearest}"
+            f"{one_pass}; the nearest that is: {nearest}"
         )
-    elif data.global_batch // per_pass < layout.pp:
+    elif num_microbatches(config, layout) < layout.pp:
         local = data.global_batch // layout.dp
         allowed = [size for size in range(1, local + 1) if local % size == 0 and local // size >= layout.pp]
         change = f"use data.micro_batch={_join(allowed)}" if allowed else "raise data.global_batch"
         yield (
-            f"data.micro_batch={data.micro_batch} makes {data.global_batch // per_pass} microbatches for "
+            f"data.micro_batch={data.micro_batch} makes {num_microbatches(config, layout)} microbatches for "
             f"parallel.pipeline={layout.pp} stages, which need at least one each; {change}"
         )
 
@@ -279,27 +286,46 @@ def zero_keeps_precision(config: RunConfig, world_size: int) -> Iterator[str]:
         yield f"zero.stage={config.zero.stage} keeps float32 masters; use zero.stage=0 with run.dtype=float64"
 
 
-def counts_are_positive(config: RunConfig, world_size: int) -> Iterator[str]:
-    positive = {
-        "run": ("steps",),
-        "model": ("layers", "width", "heads", "kv_heads", "head_width", "ffn_ratio", "moe_every", "image_size",
-                  "channels", "patch", "capacity_factor"),
-        "text": ("vocabulary", "length", "width", "heads"),
-        "parallel": ("tensor", "pipeline", "expert"),
-        "data": ("global_batch", "micro_batch"),
-        "sample": ("steps",),
-        "checkpoint": ("every",),
-    }  # fmt: skip
-    for section, keys in positive.items():
-        for key in keys:
-            value = getattr(getattr(config, section), key)
-            if value <= 0:
-                yield f"{section}.{key}={value} must be more than 0"
+# What must be more than 0, and what may also be 0.
+POSITIVE = {
+    "run": ("steps",),
+    "model": ("layers", "width", "heads", "kv_heads", "head_width", "ffn_ratio", "moe_every", "capacity_factor",
+              "image_size", "channels", "patch"),
+    "text": ("vocabulary", "width", "heads"),
+    "parallel": ("tensor", "pipeline", "expert"),
+    "data": ("global_batch",),
+    "objective": ("shift",),
+    "sample": ("steps", "shift"),
+    "checkpoint": ("every",),
+    "log": ("samples",),
+}  # fmt: skip
+NOT_NEGATIVE = {
+    "model": ("experts",),
+    "text": ("layers",),
+    "data": ("micro_batch",),
+    "objective": ("logit_std", "caption_dropout"),
+    "optim": ("lr", "eps", "weight_decay", "clip", "warmup"),
+    "ema": ("decay",),
+    "checkpoint": ("keep",),
+    "log": ("evaluate_every", "sample_every"),
+}
+
+
+def numbers_make_sense(config: RunConfig, world_size: int) -> Iterator[str]:
+    for keys, wanted, holds in (
+        (POSITIVE, "more than 0", lambda value: 0 < value < math.inf),
+        (NOT_NEGATIVE, "0 or more", lambda value: 0 <= value < math.inf),
+    ):
+        for section, names in keys.items():
+            for name in names:
+                value = getattr(getattr(config, section), name)
+                if not holds(value):  # NaN too
+                    yield f"{section}.{name}={value} must be {wanted}"
 
 
 # The first rule that finds a fault is the one reported: later ones may assume that earlier ones hold.
 RULES: tuple[tuple[Rule, ...], ...] = (
-    (counts_are_positive,),
+    (numbers_make_sense,),
     (tensor_divides, experts_divide, heads_share, patches_fit, captions_fit, layers_fill_stages, zero_keeps_precision),
     (batch_divides,),
 )

@@ -62,9 +62,9 @@ def open_sampler(directory: Path, process: Process, parallel: ParallelConfig | N
     path = checkpoint.latest(directory / "checkpoints")
     if path is None:
         raise ValueError(f"{directory / 'checkpoints'}: no complete checkpoint; train the run first")
-    micro_batch = config.data.global_batch
-    parallel = parallel or ParallelConfig()
-    config = replace(config, parallel=parallel, data=replace(config.data, micro_batch=micro_batch))
+    # The batch of training has no meaning here; any that fits the layout will do.
+    data = replace(config.data, global_batch=process.world_size, micro_batch=1)
+    config = replace(config, parallel=parallel or ParallelConfig(), data=data)
     layout: Layout = check(config, process.world_size)
     grid = Grid(layout, process.rank)
     model = build_model(config, grid, process.device)

@@ -41,7 +41,9 @@ class Draws:
 
 def draw(seed: int, step: int, batch: Batch) -> Draws:
     """Draw for each sample from a stream of its own, so that no layout changes what a sample sees."""
-    noise, normal, uniform = torch.empty_like(batch.latents_BCHW), torch.empty(len(batch)), torch.empty(len(batch))
+    # In float64: float32 normals differ between CPUs of different vector width.
+    noise = torch.empty_like(batch.latents_BCHW, dtype=torch.float64)
+    normal, uniform = torch.empty(2, len(batch), dtype=torch.float64)
     for i, sample in enumerate(batch.sample_ids_B.tolist()):
         generator = stream(seed, "draw", step, sample)
         noise[i].normal_(generator=generator)

@@ -87,9 +87,7 @@ def test_a_file_gives_back_the_same_tokenizer(tokenizer, tmp_path):
     assert torch.equal(loaded.encode(CORPUS, 40)[0], tokenizer.encode(CORPUS, 40)[0])
 
 
-@pytest.mark.parametrize(
-    "content", [b"not a model " * 20, b"\0", b"", None], ids=["text", "byte", "empty", "missing"]
-)
+@pytest.mark.parametrize("content", [b"not a model " * 20, b"\0", b"", None], ids=["text", "byte", "empty", "missing"])
 def test_what_cannot_be_loaded_is_named(tmp_path, content):
     path = tmp_path / "tokenizer.model"
     if content is not None:

@@ -61,7 +61,10 @@ def test_one_process_restores_the_averages_of_four_bitwise(trained):
             assert weights[name][place].tobytes() == part.tobytes(), name
 
 
-@pytest.mark.parametrize(("world_size", "parallel"), [(1, None), (2, ParallelConfig(tensor=2))])
+@pytest.mark.parametrize(
+    ("world_size", "parallel"),
+    [(1, None), (2, None), *[(2, ParallelConfig(**{axis: 2})) for axis in ("tensor", "pipeline", "expert")]],
+)
 def test_it_draws_the_pictures_that_the_trained_ranks_drew(world_size, parallel, trained):
     folder, results = trained
     pictures = [drawn for _, drawn in results]
