@@ -74,9 +74,10 @@ def read_inputs(config: RunConfig) -> Inputs:
     wanted = (model.channels, model.image_size, model.image_size)
     if train.image_shape != wanted:
         channels, height, width = train.image_shape
+        source = config.data.path or f"data.kind={config.data.kind}"
         square = f"set model.channels={channels} and model.image_size={height}"
         raise ValueError(
-            f"{config.data.path or 'data.kind=' + config.data.kind} has images of {channels} x {height} x {width}, the model expects "
+            f"{source} has images of {channels} x {height} x {width}, the model expects "
             f"{model.channels} x {model.image_size} x {model.image_size}; "
             f"{square if height == width else 'only square images can be trained on'}"
         )
