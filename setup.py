@@ -15,8 +15,8 @@ def read_requirements(name: str) -> list[str]:
 
 
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megadit/__init__.py").read_text(encoding="utf-8"))
-# What only a part of megadit needs: the digits data set and its judge, pictures of curves, TensorBoard events.
-OPTIONAL = {"digits": "scikit-learn", "plots": "matplotlib", "tensorboard": "tensorboard"}
+# What only a tool needs: pictures of loss curves.
+OPTIONAL = {"plots": "matplotlib"}
 pins = {line.split("==")[0]: line for line in read_requirements("requirements.txt")}
 
 setup(

@@ -13,9 +13,9 @@ bash examples/quickstart.sh >&2
 # shellcheck source=examples/setup.sh
 REQUIREMENTS=requirements.txt source examples/setup.sh
 if (($(python -c 'import torch; print(torch.cuda.device_count())') < 4)); then
-    export CUDA_VISIBLE_DEVICES="" DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
+    export CUDA_VISIBLE_DEVICES="" DS_ACCELERATOR=cpu
 fi
-torchrun --standalone --nproc-per-node 4 -m megadit.train --config examples/configs/digits_dense.yaml \
+OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 4 -m megadit.train --config examples/configs/digits_dense.yaml \
     parallel.tensor=2 zero.stage=1 >&2
 python tools/judge_digits.py runs/digits_dense
 python tools/plot_loss.py runs/digits runs/digits_dense --out runs/dense_twin.png

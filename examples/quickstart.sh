@@ -5,13 +5,14 @@
 #
 # Runs on a laptop: four processes, as two tensor-parallel pairs that share the experts. Progress goes to stderr; the
 # last line on stdout is the result. An interrupted run goes on from its last checkpoint, and a finished one is not
-# trained again: the result is printed from the run's folder (runs/digits, or what run.dir=... names).
+# trained again: the result is printed from the run's folder (runs/digits, or what run.name=... or run.dir=... names).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 ranks=4
 run=runs/digits
 for override in "$@"; do
+    [[ $override != run.name=* ]] || run=runs/${override#run.name=}
     [[ $override != run.dir=* ]] || run=${override#run.dir=}
 done
 result=$run/result.json
@@ -29,10 +30,11 @@ if ! judged || [[ ! -f $trained_with || $(<"$trained_with") != "$*" ]]; then
     gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
     if ((gpus < ranks)); then
         # Two ranks cannot share a GPU under NCCL: with too few of them, train on the CPU.
-        export CUDA_VISIBLE_DEVICES="" DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
+        export CUDA_VISIBLE_DEVICES="" DS_ACCELERATOR=cpu
     fi
     echo "training in $run" >&2
-    torchrun --standalone --nproc-per-node "$ranks" -m megadit.train --config examples/configs/digits.yaml \
+    # The ranks share the cores: one thread each (torchrun's own default, without its warning).
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$ranks" -m megadit.train --config examples/configs/digits.yaml \
         parallel.tensor=2 parallel.expert=2 zero.stage=1 "$@" >&2
     echo "$*" >"$trained_with"
 fi

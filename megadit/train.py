@@ -6,6 +6,7 @@ Started by torchrun, the deepspeed launcher, srun, or by itself as one process.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -15,9 +16,11 @@ from megadit.runtime.launch import LaunchError, Process, process_group
 from megadit.runtime.log import setup_logging
 from megadit.training.build import Inputs, build_run, read_inputs
 from megadit.training.config import RunConfig, check, describe, load_config
-from megadit.training.loop import resume, train
+from megadit.training.loop import Diverged, prepare_directory, resume, train
 
-BAD_INPUT = 2  # exit status
+logger = logging.getLogger("megadit")
+
+DIVERGED, BAD_INPUT = 1, 2  # exit statuses
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -45,7 +48,7 @@ def agree(process: Process, fault: str | None) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train. Returns the exit status: 0, or 2 when the input was refused before anything was written."""
+    """Train. Returns the exit status: 0; 1 when the training diverged; 2 when the input was refused."""
     args = arguments(argv)
     try:
         with process_group() as process:
@@ -70,15 +73,29 @@ def start(process: Process, path: str, overrides: Sequence[str]) -> int:
     if not agree(process, fault):
         return BAD_INPUT
     assert config is not None and inputs is not None
-    run = build_run(config, layout, inputs, process)
-    step = 0
+    step, run = 0, None
     try:
+        run = build_run(config, layout, inputs, process)
         step = resume(run)
+        if step < config.run.steps:
+            prepare_directory(run)
     except ValueError as error:
         fault = str(error)
     if not agree(process, fault):
         return BAD_INPUT
-    train(run, step)
+    assert run is not None
+    if step >= config.run.steps:
+        logger.info("%s is finished: step %d of %d", config.directory, step, config.run.steps)
+        return 0
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    logger.info("%s: %s, %s, %s, %d parameters on process 0", config.directory, layout, process.device.type,
+                config.run.dtype, parameters)  # fmt: skip
+    try:
+        train(run, step)
+    except Diverged as error:
+        if process.is_main:
+            logger.error("%s", error)
+        return DIVERGED
     return 0
 
 

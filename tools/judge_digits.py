@@ -31,7 +31,7 @@ CHUNK = 125  # pictures drawn at once
 
 def to_ink(images_BCHW: Tensor) -> np.ndarray:
     """Images in [-1, 1] -> the scans' own scale, ink from 0 to 16, [B, 64]."""
-    return ((images_BCHW.double().clamp(-1, 1) + 1) * 8).flatten(1).numpy()
+    return ((images_BCHW.double().cpu().clamp(-1, 1) + 1) * 8).flatten(1).numpy()
 
 
 def judge(images_BCHW: Tensor, wanted_B: np.ndarray) -> dict[str, object]:

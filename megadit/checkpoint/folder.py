@@ -105,7 +105,8 @@ def commit(folder: Path, step: int, manifest: dict, keep: int) -> None:
     if replaced.exists():
         _discard(replaced)
     if keep > 0:
-        others = sorted(_complete(folder).keys() - {step})
+        # Later steps first: they are of a course that was abandoned when the run went back.
+        others = sorted(_complete(folder).keys() - {step}, key=lambda other: (other < step, other))
         for other in others[: max(0, len(others) - keep + 1)]:
             _discard(step_path(folder, other))
 

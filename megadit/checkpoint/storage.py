@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, StorageReader, StorageWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -313,13 +313,16 @@ class Reader(StorageReader):
         for item in plan.items:
             per_file.setdefault(self.file_of[item.storage_index], []).append(item)
         for name, items in per_file.items():
-            with safe_open(self.path / name, framework="pt") as file:  # maps the file: reads what the slices touch
-                for item in items:
-                    target = planner.resolve_tensor(item).detach()
-                    key = _key(item.storage_index)
-                    ranges = _slices(item.storage_offsets, item.lengths)
-                    target.copy_(file.get_slice(key)[ranges] if ranges else file.get_tensor(key))
-                    planner.commit_tensor(item, target)
+            try:
+                with safe_open(self.path / name, framework="pt") as file:  # maps the file: reads what the slices touch
+                    for item in items:
+                        target = planner.resolve_tensor(item).detach()
+                        key = _key(item.storage_index)
+                        ranges = _slices(item.storage_offsets, item.lengths)
+                        target.copy_(file.get_slice(key)[ranges] if ranges else file.get_tensor(key))
+                        planner.commit_tensor(item, target)
+            except SafetensorError as error:
+                raise ValueError(f"{self.path / name}: damaged ({error})") from error
         future: Future[None] = Future()
         future.set_result(None)
         return future

@@ -6,7 +6,9 @@ The smallest way to train on something of one's own. Nothing is unpickled: capti
 from __future__ import annotations
 
 import zipfile
+import zlib
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ HELDOUT_FRACTION = 10
 @cache
 def _read(path: str) -> tuple[Tensor, list[str]]:
     try:
-        file = np.load(path, allow_pickle=False)
+        file = np.load(Path(path).expanduser(), allow_pickle=False)
         if not isinstance(file, np.lib.npyio.NpzFile):
             raise ValueError("a single array, not an archive of them")
         with file:
@@ -29,7 +31,7 @@ def _read(path: str) -> tuple[Tensor, list[str]]:
         raise ValueError(f"data.path={path}: {error.strerror or error}") from error
     except KeyError as error:
         raise ValueError(f"data.path={path}: {error.args[0]} (the arrays needed are images and captions)") from error
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"data.path={path}: not a readable .npz file ({error})") from error
     shapes_fit = images.ndim in (3, 4) and captions.shape == (len(images),)
     if not shapes_fit or captions.dtype.kind != "U":
@@ -41,6 +43,8 @@ def _read(path: str) -> tuple[Tensor, list[str]]:
         raise ValueError(f"data.path={path}: {len(captions)} samples; at least 2 are needed, for one is held out")
     if not images.isfinite().all():
         raise ValueError(f"data.path={path}: images hold NaN or infinity")
+    if images.abs().max() > 20:
+        raise ValueError(f"data.path={path}: images reach {images.abs().max():g}; scale them to about -1 to 1")
     empty = [i for i, caption in enumerate(captions) if not caption.strip()]
     if empty:
         raise ValueError(f"data.path={path}: {len(empty)} captions are empty, the first at index {empty[0]}")

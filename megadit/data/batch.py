@@ -11,7 +11,8 @@ from torch import Tensor
 class Batch:
     """B consecutive samples of the global batch. Everything random about a sample is keyed by its id.
 
-    sample_ids_B: int64. latents_BCHW: float32, about unit variance. text_ids_BL: int64; text_mask_BL: True at tokens.
+    sample_ids_B: int64, places in the run's order of samples; an image that comes twice has two.
+    latents_BCHW: float32, about unit variance. text_ids_BL: int64; text_mask_BL: True at tokens.
     """
 
     sample_ids_B: Tensor

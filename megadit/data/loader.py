@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -54,7 +55,7 @@ def open_dataset(config: DataConfig, split: str) -> Dataset:
     return Digits(split)
 
 
-def sample_ids(seed: int, step: int, dataset_size: int, global_batch: int) -> Tensor:
+def dataset_indices(seed: int, step: int, dataset_size: int, global_batch: int) -> Tensor:
     """The indices of one step's global batch, [global_batch]: each epoch is a permutation of its own.
 
     Steps count from 1. A batch may reach over the end of an epoch.
@@ -80,21 +81,23 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """This rank's batch of a training step (from 1)."""
-        ids = sample_ids(self.seed, step, len(self.dataset), self.global_batch)
-        return self._read(ids.chunk(self.size)[self.rank], step)
+        sample_ids = torch.arange((step - 1) * self.global_batch, step * self.global_batch)
+        indices = dataset_indices(self.seed, step, len(self.dataset), self.global_batch)
+        return self._read(sample_ids.chunk(self.size)[self.rank], indices.chunk(self.size)[self.rank], step)
 
-    def heldout(self) -> list[tuple[Batch, Tensor]]:
+    def heldout(self) -> Iterator[tuple[Batch, Tensor]]:
         """This rank's share of the whole split, in batches of the training shape, each with a weight per sample, [B].
 
         The last batch is filled up with samples of weight zero. Captions do not change from call to call.
         """
         total = len(self.dataset)
-        batches = []
         for begin in range(0, total, self.global_batch):
             position = torch.arange(begin, begin + self.global_batch).chunk(self.size)[self.rank]
-            batches.append((self._read(position % total, 0), (position < total).float()))
-        return batches
+            yield self._read(position % total, position % total, 0), (position < total).float()
 
-    def _read(self, ids_B: Tensor, step: int) -> Batch:
-        captions = [self.dataset.caption(index, stream(self.seed, "caption", step, index)) for index in ids_B.tolist()]
-        return Batch(ids_B, self.dataset.images(ids_B), *self.tokenizer.encode(captions, self.length))
+    def _read(self, sample_ids_B: Tensor, indices_B: Tensor, step: int) -> Batch:
+        captions = [
+            self.dataset.caption(index, stream(self.seed, "caption", step, sample))
+            for sample, index in zip(sample_ids_B.tolist(), indices_B.tolist(), strict=True)
+        ]
+        return Batch(sample_ids_B, self.dataset.images(indices_B), *self.tokenizer.encode(captions, self.length))

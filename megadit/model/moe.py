@@ -71,5 +71,5 @@ class ExpertChoiceMoE(nn.Module):
         picked_PLND = x_ND.index_select(0, row_PLN.flatten()).view(*row_PLN.shape, -1)
         expert_PLND = combine(self.experts(dispatch(picked_PLND, self.expert_group)), self.expert_group)
         weighted_ND = (expert_PLND * gate_PLN.unsqueeze(-1)).flatten(0, 2)
-        out_ND = torch.zeros_like(x_ND).index_add(0, row_PLN.flatten(), weighted_ND)
+        out_ND = torch.zeros_like(x_ND).index_add_(0, row_PLN.flatten(), weighted_ND)
         return self.region.leave(out_ND.view_as(x_BTD))

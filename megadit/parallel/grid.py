@@ -1,6 +1,6 @@
 """The ranks as one tensor, and every process group as a slice of it.
 
-    ranks[pp, edp, ep, tp], tp fastest;  dp = edp x ep;  model = pp x tp
+    ranks[pp, edp, ep, tp], tp fastest;  dp = edp x ep
 
 Expert parallelism subdivides data parallelism, so it adds no axis to the world. The grid is an object that is passed
 down; leaf layers receive the one `Group` that they use.
@@ -21,7 +21,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 AXES = ("pp", "edp", "ep", "tp")
 # Named unions of axes that have a process group of their own.
-UNIONS = {"dp": ("edp", "ep"), "model": ("pp", "tp"), "world": AXES}
+UNIONS = {"dp": ("edp", "ep"), "world": AXES}
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Grid:
         return Group(handle, len(members), members.index(self.rank))
 
     def __getitem__(self, name: str) -> Group:
-        """The group of an axis ("pp", "edp", "ep", "tp") or a union ("dp", "model", "world")."""
+        """The group of an axis ("pp", "edp", "ep", "tp") or a union ("dp", "world")."""
         return self._groups[name]
 
     def coordinate(self, axes: tuple[str, ...]) -> int:

@@ -31,6 +31,9 @@ class Process:
         return self.rank == 0
 
 
+RENDEZVOUS_LIMIT = timedelta(minutes=5)
+
+
 class LaunchError(ValueError):
     """The launcher's environment variables contradict one another, or some are missing."""
 
@@ -95,6 +98,21 @@ def rendezvous(environ: Mapping[str, str]) -> tuple[str, int]:
     return address, 20000 + _number(environ, "SLURM_JOB_ID") % 20000  # jobs that share a node need different ports
 
 
+def gpu_of(local_rank: int, visible: int, environ: Mapping[str, str]) -> int:
+    """The index of this process's GPU. srun may show each process its own GPU only, as number 0.
+
+    Raises LaunchError when there is none: two processes of one NCCL group cannot share a GPU.
+    """
+    if visible == 1 and "SLURM_LOCALID" in environ:
+        return 0
+    if local_rank >= visible:
+        raise LaunchError(
+            f"process {local_rank} of this machine has no GPU, {visible} are visible; start {visible} processes, or "
+            'hide the GPUs with CUDA_VISIBLE_DEVICES=""'
+        )
+    return local_rank
+
+
 @contextmanager
 def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Process]:
     """Join the others (NCCL where there is a CUDA device, else gloo), yield this `Process`, leave at the end.
@@ -104,7 +122,7 @@ def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Proces
     """
     rank, world_size, local_rank = discover(os.environ)
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        device = torch.device("cuda", gpu_of(local_rank, torch.cuda.device_count(), os.environ))
         torch.cuda.set_device(device)
         backend = "nccl"
     else:
@@ -116,7 +134,11 @@ def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Proces
         address, port = rendezvous(os.environ)
         # torchrun's agent already serves the store on MASTER_PORT; everyone is a client then.
         agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        store = dist.TCPStore(address, port, world_size, is_master=rank == 0 and not agent_serves, timeout=timeout)
+        serves = rank == 0 and not agent_serves
+        try:
+            store = dist.TCPStore(address, port, world_size, is_master=serves, timeout=RENDEZVOUS_LIMIT)
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            raise LaunchError(f"process {rank} did not meet process 0 at {address}:{port}: {error}") from error
         # A restarted group must not read the keys of the group before it.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"megadit/{attempt}", store)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from megadit import checkpoint
 from megadit.data.loader import Dataset, Loader, open_dataset
 from megadit.diffusion.objective import velocity_loss
 from megadit.encoders.tokenizer import Tokenizer
@@ -83,8 +85,8 @@ def read_inputs(config: RunConfig) -> Inputs:
         )
     kept = config.directory / TOKENIZER_FILE
     if config.text.tokenizer:
-        tokenizer = Tokenizer.load(config.text.tokenizer)
-    elif kept.exists():
+        tokenizer = Tokenizer.load(Path(config.text.tokenizer).expanduser())
+    elif kept.exists() and checkpoint.latest(config.directory / "checkpoints"):
         tokenizer = Tokenizer.load(kept)
     else:
         tokenizer = Tokenizer.train(train.corpus(), config.text.vocabulary)

@@ -28,6 +28,7 @@ from megadit.sampling.generate import SampleConfig
 from megadit.training.ema import EmaConfig
 from megadit.zero import OptimConfig, ZeroConfig
 
+CONFIG_FILE = "config.yaml"  # in a run's folder
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -64,7 +65,7 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything about a run. `resolved` in config.yaml means: presets expanded, defaults written out."""
+    """Everything about a run."""
 
     run: RunSection = field(default_factory=RunSection)
     model: ECDiTConfig = field(default_factory=ECDiTConfig)
@@ -82,7 +83,7 @@ class RunConfig:
     @property
     def directory(self) -> Path:
         """Where the run writes."""
-        return Path(self.run.dir or f"runs/{self.run.name}")
+        return Path(self.run.dir or f"runs/{self.run.name}").expanduser()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,6 +94,10 @@ class RunConfig:
         plain = dataclasses.asdict(self)
         plain["optim"]["betas"] = list(plain["optim"]["betas"])
         return plain
+
+    def to_yaml(self) -> str:
+        """Presets expanded and defaults written out, as `load_config` reads it back."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
 SECTIONS: dict[str, type] = typing.get_type_hints(RunConfig)
@@ -160,11 +165,6 @@ def check_known(name: object, known: Sequence[str] | Mapping[str, Any], what: st
         return
     nearest = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.0)
     raise ValueError(f"unknown {what} {prefix}{name}; the nearest is {prefix}{nearest[0]}")
-
-
-def save_config(config: RunConfig, path: Path) -> None:
-    """Write the resolved configuration as YAML that `load_config` reads back."""
-    path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
 
 
 def describe() -> str:
@@ -295,6 +295,7 @@ POSITIVE = {
     "parallel": ("tensor", "pipeline", "expert"),
     "data": ("global_batch",),
     "objective": ("shift",),
+    "optim": ("eps",),
     "sample": ("steps", "shift"),
     "checkpoint": ("every",),
     "log": ("samples",),
@@ -303,9 +304,9 @@ NOT_NEGATIVE = {
     "model": ("experts",),
     "text": ("layers",),
     "data": ("micro_batch",),
-    "objective": ("logit_std", "caption_dropout"),
-    "optim": ("lr", "eps", "weight_decay", "clip", "warmup"),
-    "ema": ("decay",),
+    "objective": ("logit_std",),
+    "optim": ("lr", "weight_decay", "clip", "warmup"),
+    "sample": ("guidance",),
     "checkpoint": ("keep",),
     "log": ("evaluate_every", "sample_every"),
 }
@@ -321,6 +322,16 @@ def numbers_make_sense(config: RunConfig, world_size: int) -> Iterator[str]:
                 value = getattr(getattr(config, section), name)
                 if not holds(value):  # NaN too
                     yield f"{section}.{name}={value} must be {wanted}"
+    fractions = {
+        "ema.decay": config.ema.decay,
+        "optim.betas[0]": config.optim.betas[0],
+        "optim.betas[1]": config.optim.betas[1],
+    }
+    for name, value in fractions.items():
+        if not 0 <= value < 1:
+            yield f"{name}={value} must be at least 0 and less than 1"
+    if not 0 <= config.objective.caption_dropout <= 1:
+        yield f"objective.caption_dropout={config.objective.caption_dropout} must be between 0 and 1"
 
 
 # The first rule that finds a fault is the one reported: later ones may assume that earlier ones hold.

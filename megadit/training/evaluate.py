@@ -18,7 +18,7 @@ def heldout_loss(run: Run) -> float:
     with run.ema.swapped_in():
         for batch, weight_B in run.heldout_loader.heldout():
             noisy_BCHW, target_BCHW, keywords = prepare(run, batch, step=0, caption_dropout=0.0)
-            prediction_BCHW = run.pipeline.forward(noisy_BCHW, keywords)
+            prediction_BCHW = run.pipeline.forward(noisy_BCHW, keywords, run.pipeline.num_microbatches)
             weight_B = weight_B.to(total)
             total += torch.stack([(velocity_loss(prediction_BCHW, target_BCHW) * weight_B).sum(), weight_B.sum()])
     loss, count = run.grid["dp"].all_reduce(total).tolist()

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -12,7 +17,7 @@ from megadit.model.count import forward_flops
 from megadit.runtime.clock import Clock, peak_memory_gb
 from megadit.sampling.picture import save_grid
 from megadit.training.build import TOKENIZER_FILE, Run
-from megadit.training.config import save_config
+from megadit.training.config import CONFIG_FILE
 from megadit.training.evaluate import heldout_loss, sample_pictures
 from megadit.training.metrics import Recorder
 from megadit.training.state import logical_state
@@ -21,18 +26,44 @@ from megadit.training.step import train_step
 logger = logging.getLogger("megadit")
 
 
+class Diverged(RuntimeError):
+    """The loss or the gradient is no longer finite."""
+
+
 def resume(run: Run) -> int:
     """Load the newest complete checkpoint, if there is one, and return its step; else 0. Collective.
 
-    Raises ValueError naming the tensor or file when the checkpoint does not fit the run.
+    Raises ValueError naming the tensor or file when the checkpoint is damaged or does not fit the run.
     """
-    path = checkpoint.latest(run.config.directory / "checkpoints")
+    # One rank looks: others may see the folder later, or not at all, and would go another way.
+    found = [checkpoint.latest(run.config.directory / "checkpoints") if run.process.is_main else None]
+    dist.broadcast_object_list(found, src=0)
+    path = found[0]
     if path is None:
         return 0
-    checkpoint.load(path, logical_state(run.named, run.ema, run.engine, run.grid, owned_only=False))
-    step = checkpoint.read_manifest(path)["step"]
-    run.engine.restored(step)
-    return step
+    state = logical_state(run.named, run.ema, run.engine, run.grid, owned_only=False)
+    try:
+        checkpoint.load(path, state, verify=True)
+        manifest = checkpoint.read_manifest(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; another run.name or run.dir starts a new run") from error
+    for section, keys in changed(manifest["metadata"]["config"], run.config.to_dict()).items():
+        logger.warning("going on with another %s than the checkpoint's: %s", section, ", ".join(keys))
+    run.engine.restored(manifest["step"])
+    logger.info("going on from %s", path)
+    return manifest["step"]
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The keys, by section, that decide what is learned from what, and that differ between two configurations."""
+    found: dict[str, list[str]] = {}
+    for section in ("model", "text", "data", "objective", "optim"):
+        for key, value in now[section].items():
+            if before[section].get(key) != value:
+                found.setdefault(section, []).append(f"{section}.{key}={before[section].get(key)} is now {value}")
+    if before["run"]["seed"] != now["run"]["seed"]:
+        found["run"] = [f"run.seed={before['run']['seed']} is now {now['run']['seed']}"]
+    return found
 
 
 def save(run: Run, step: int) -> None:
@@ -48,36 +79,51 @@ def save(run: Run, step: int) -> None:
 
 
 def prepare_directory(run: Run) -> None:
-    """The run's folder with its resolved configuration and tokenizer, written by the main process."""
-    directory = run.config.directory
-    if run.process.is_main:
-        (directory / "samples").mkdir(parents=True, exist_ok=True)
-        save_config(run.config, directory / "config.yaml")
-        (directory / TOKENIZER_FILE).write_bytes(run.inputs.tokenizer.serialized)
+    """The run's folder with its resolved configuration and tokenizer, written by the main process. Collective.
+
+    Raises ValueError on a rank that cannot write there, or does not see what the main process wrote.
+    """
+    directory, fault = run.config.directory, None
+    try:
+        if run.process.is_main:
+            (directory / "samples").mkdir(parents=True, exist_ok=True)
+            write_whole(directory / TOKENIZER_FILE, run.inputs.tokenizer.serialized)
+            write_whole(directory / CONFIG_FILE, run.config.to_yaml().encode())
+    except OSError as error:
+        fault = f"run.dir={directory} cannot be written: {error.strerror}"
     dist.barrier()
+    if fault is None and not (directory / CONFIG_FILE).exists():
+        fault = f"run.dir={directory} on process {run.process.rank} is not what process 0 writes; it must be shared"
+    if fault is not None:
+        raise ValueError(fault)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replace a file in one step: a kill leaves the old one or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
 
 
 def train(run: Run, start: int) -> None:
-    """Make the steps after `start`. Collective."""
+    """Make the steps after `start`. Collective.
+
+    Raises Diverged on all ranks when a loss or a gradient is not finite; the checkpoints are of earlier steps then.
+    """
     config, directory = run.config, run.config.directory
-    if start >= config.run.steps:
-        logger.info("%s is finished: step %d of %d", directory, start, config.run.steps)
-        return
-    prepare_directory(run)
     recorder = Recorder(directory, start, config.run.steps, config.log.tensorboard) if run.process.is_main else None
     flops_per_gpu = 3 * forward_flops(config.model, config.text) * config.data.global_batch / run.grid["world"].size
     clock = Clock()
     for step in range(start + 1, config.run.steps + 1):
         report = train_step(run, step)
         seconds = clock.lap()
+        if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
+            raise Diverged(
+                f"step {step}: loss {report.loss}, gradient norm {report.grad_norm}; lower optim.lr or optim.clip and "
+                f"start again, from the newest checkpoint in {directory}"
+            )
         last = step == config.run.steps
-        extra: dict[str, float] = {}
-        if _due(step, config.log.evaluate_every, last):
-            extra["heldout_loss"] = heldout_loss(run)
-        if _due(step, config.log.sample_every, last):
-            pictures = sample_pictures(run)
-            if run.process.is_main:
-                save_grid(pictures, directory / "samples" / f"step_{step:08d}.png")
+        extra = {"heldout_loss": heldout_loss(run)} if _due(step, config.log.evaluate_every, last) else {}
         if recorder is not None:
             recorder.record(
                 report,
@@ -89,10 +135,14 @@ def train(run: Run, start: int) -> None:
             )
         if _due(step, config.checkpoint.every, last):
             save(run, step)
-        clock.lap()  # evaluating, recording and saving are not part of the next step's time
+        if _due(step, config.log.sample_every, last):
+            pictures = sample_pictures(run)
+            if run.process.is_main:
+                save_grid(pictures, directory / "samples" / f"step_{step:08d}.png")
+        clock.lap()  # evaluating, recording, saving and drawing are not part of the next step's time
     if recorder is not None:
         recorder.close()
-        logger.info("finished: %s", directory)
+    logger.info("finished: %s", directory)
 
 
 def _due(step: int, every: int, last: bool) -> bool:

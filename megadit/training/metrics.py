@@ -40,7 +40,7 @@ class Recorder:
         self._file = path.open("a")
         self._board = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # takes seconds to import; an extra
+            from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
             self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
         # In a log file, a line every now and then instead of a bar that moves.

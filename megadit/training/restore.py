@@ -16,7 +16,7 @@ from megadit.parallel.pipeline.schedule import Pipeline
 from megadit.runtime.launch import Process
 from megadit.sampling.generate import SampleConfig, generate
 from megadit.training.build import TOKENIZER_FILE, build_model, build_pipeline
-from megadit.training.config import RunConfig, check, load_config
+from megadit.training.config import CONFIG_FILE, RunConfig, check, load_config
 from megadit.training.state import logical_tensor
 
 
@@ -58,7 +58,7 @@ def open_sampler(directory: Path, process: Process, parallel: ParallelConfig | N
 
     Raises ValueError naming the file for a folder that holds no run or no complete checkpoint.
     """
-    config = load_config(directory / "config.yaml")
+    config = load_config(directory / CONFIG_FILE)
     path = checkpoint.latest(directory / "checkpoints")
     if path is None:
         raise ValueError(f"{directory / 'checkpoints'}: no complete checkpoint; train the run first")

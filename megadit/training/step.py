@@ -85,7 +85,7 @@ ROUTING = ("unpicked", "busiest", "entropy")
 
 
 def report(run: Run, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> StepReport:
-    """Average over the ranks, in one all-reduce of one small vector, and read it: the step's only host sync."""
+    """Average over the ranks, in one all-reduce of one small vector, and read it: the host waits here."""
     moe_layers = [layer for layer in range(run.config.model.layers) if run.config.model.is_moe(layer)]
     values = torch.zeros(1 + len(ROUTING) * len(moe_layers), dtype=loss.dtype, device=loss.device)
     values[0] = loss
@@ -94,11 +94,11 @@ def report(run: Run, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> S
         values[begin : begin + len(ROUTING)] = torch.stack([getattr(stats, key) for key in ROUTING])
     # A stage fills in its own part only; the replicas along dp and tp are averaged.
     averaged = run.grid["world"].all_reduce(values) / (run.grid["dp"].size * run.grid["tp"].size)
-    mean_loss, *routing = averaged.tolist()  # host sync
+    norm, mean_loss, *routing = torch.cat([grad_norm.view(1).to(averaged), averaged]).tolist()  # host sync
     return StepReport(
         step=step,
         loss=mean_loss,
-        grad_norm=float(grad_norm),
+        grad_norm=norm,
         lr=lr,
         routing={
             layer: dict(zip(ROUTING, routing[i * len(ROUTING) :], strict=False)) for i, layer in enumerate(moe_layers)

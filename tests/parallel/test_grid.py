@@ -62,7 +62,6 @@ def test_coordinates_of_a_grid(layout):
         grid, (pp, edp, ep, tp) = Place(layout, rank), coordinates(layout, rank)
         assert [grid[axis].rank for axis in AXES] == [pp, edp, ep, tp]
         assert grid["dp"].rank == edp * layout.ep + ep == grid.coordinate(("edp", "ep"))
-        assert grid["model"].rank == pp * layout.tp + tp
         assert grid.coordinate(("ep", "tp")) == ep * layout.tp + tp
         assert grid.coordinate(()) == 0
         assert (grid.size(("ep", "tp")), grid.size(())) == (layout.ep * layout.tp, 1)

@@ -44,6 +44,9 @@ CASES = {
     "negative": (1, ["model.experts=-4"], ["model.experts=-4 must be 0 or more"]),
     "not a number": (1, ["optim.lr=.nan"], ["optim.lr=nan must be 0 or more"]),
     "a list for a name": (1, ["model.preset=[a]"], ["unknown model.preset ['a']"]),
+    "betas": (1, ["optim.betas=[0.9,1.5]"], ["optim.betas[1]=1.5 must be at least 0 and less than 1"]),
+    "average": (2, ["ema.decay=2"], ["ema.decay=2.0 must be at least 0 and less than 1"]),
+    "dropout": (1, ["objective.caption_dropout=5"], ["objective.caption_dropout=5.0 must be between 0 and 1"]),
     "no pictures": (1, ["log.samples=0"], ["log.samples=0 must be more than 0"]),
     "short captions": (1, ["text.length=2"], ["text.length=2 has no room", "use 3 or more"]),
     "batch of no size": (
@@ -154,6 +157,7 @@ def arrays(path, **kwargs):
             lambda path: arrays(path, images=np.full((2, 8, 8), np.nan), captions=np.array(["a", "b"])),
             "NaN or infinity",
         ),
+        (lambda path: arrays(path, images=np.full((2, 8, 8), 255), captions=np.array(["a", "b"])), "reach 255; scale"),
         (lambda path: arrays(path, images=np.zeros((4, 8, 6)), captions=np.array(["abc d"] * 4)), "only square images"),
         (lambda path: arrays(path, images=np.zeros((4, 8, 8))), "the arrays needed are images and captions"),
         (lambda path: arrays(path, images=np.zeros((4, 8, 8)), captions=np.array(["a"] * 3)), "captions (3,)"),
@@ -211,3 +215,11 @@ def test_sampling_from_a_folder_without_a_run_is_refused(tmp_path):
     assert done.returncode == 2
     assert f"{tmp_path / 'config.yaml'}: No such file" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    results = train_on(2, "--config", CONFIG, f"run.dir={blocked / 'run'}")
+    assert [status for status, _ in results] == [2, 2]
+    assert f"run.dir={blocked / 'run'} cannot be written: Not a directory" in results[0][1]

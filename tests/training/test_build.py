@@ -1,16 +1,12 @@
 """A run is assembled alike in every layout: the same weights, the samples that are its share."""
 
-import logging
-
 import pytest
 import torch
 
-from megadit.encoders.tokenizer import Tokenizer
 from megadit.parallel.placement import placement_of
-from megadit.training.build import TOKENIZER_FILE, mean_over, read_inputs
-from megadit.training.config import load_config
+from megadit.training.build import mean_over
 from tests.ranks import run_ranks
-from tests.training.assembled import CONFIG, assembled
+from tests.training.assembled import assembled
 
 LAYOUTS = {
     "tensor2_expert2": (4, ["parallel.tensor=2", "parallel.expert=2"]),
@@ -21,13 +17,14 @@ LAYOUTS = {
 
 
 def built(rank, world_size, overrides):
-    """{name: (offsets, this rank's part)}, the ids of its first batch, and its number of microbatches."""
+    """{name: (offsets, this rank's part)}, what its first batch shows, and its number of microbatches."""
     run = assembled(rank, world_size, "zero.stage=0", *overrides)
     parts = {
         name: (placement_of(parameter).offsets(parameter.shape, run.grid), parameter.detach().numpy())
         for name, parameter in run.named
     }
-    return parts, run.loader.batch(1).sample_ids_B.tolist(), run.pipeline.num_microbatches
+    shown = [image.sum().item() for image in run.loader.batch(1).latents_BCHW]
+    return parts, shown, run.pipeline.num_microbatches
 
 
 @pytest.fixture(scope="module")
@@ -68,36 +65,3 @@ def test_the_losses_of_the_microbatches_add_up_to_the_batchs_mean():
     prediction, target = torch.randn(2, 6, 1, 4, 4, generator=generator, dtype=torch.float64)
     parts = [mean_over(6)(p, t) for p, t in zip(prediction.split([4, 2]), target.split([4, 2]), strict=True)]
     torch.testing.assert_close(sum(parts), (prediction - target).square().mean(), rtol=1e-14, atol=0)
-
-
-def test_the_tokenizer_of_the_runs_folder_is_used_again(tmp_path):
-    config = load_config(CONFIG, [f"run.dir={tmp_path}"])
-    trained = read_inputs(config).tokenizer.serialized
-    assert list(tmp_path.iterdir()) == [], "reading wrote something"
-    kept = Tokenizer.train(["zero one two three"] * 3, 20)
-    (tmp_path / TOKENIZER_FILE).write_bytes(kept.serialized)
-    assert read_inputs(config).tokenizer.serialized == kept.serialized != trained
-
-
-def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(tmp_path):
-    path = tmp_path / "large.model"
-    path.write_bytes(read_inputs(load_config(CONFIG)).tokenizer.serialized)
-    size = len(Tokenizer.load(path))
-    read_inputs(load_config(CONFIG, [f"text.tokenizer={path}", f"text.vocabulary={size}"]))
-    with pytest.raises(ValueError, match=f"set text.vocabulary={size}"):
-        read_inputs(load_config(CONFIG, [f"text.tokenizer={path}", f"text.vocabulary={size - 1}"]))
-
-
-@pytest.mark.parametrize(("length", "warnings"), [(28, 0), (5, 1)])
-def test_captions_that_are_cut_are_warned_of(length, warnings):
-    records = []
-    handler = logging.Handler()
-    handler.emit = records.append
-    logger = logging.getLogger("megadit")
-    logger.addHandler(handler)
-    try:
-        read_inputs(load_config(CONFIG, [f"text.length={length}"]))
-    finally:
-        logger.removeHandler(handler)
-    assert len(records) == warnings
-    assert all(f"cut to text.length={length} tokens" in record.getMessage() for record in records)

@@ -22,6 +22,7 @@ def train_and_draw(rank, world_size, folder):
     """Train; this rank's averages as {name: (offsets, part)}, and the pictures that its ranks draw together."""
     layout = ["parallel.tensor=2", "parallel.expert=2", "run.dtype=float32", "zero.stage=1"]
     run = assembled(rank, world_size, f"run.dir={folder}", f"run.steps={STEPS}", "optim.lr=0.02", *layout)
+    prepare_directory(run)
     train(run, 0)
     averages = {
         name: (placement_of(parameter).offsets(parameter.shape, run.grid), run.ema.average[name].numpy())

@@ -1,8 +1,10 @@
 """A run that is killed goes on bit for bit, by the same command."""
 
+import math
+
 import pytest
 
-from megadit.checkpoint import latest
+from megadit.checkpoint import latest, load_tensors
 from megadit.training.metrics import METRICS_FILE, read_metrics
 from tests.ranks import train_and_kill, train_on
 
@@ -70,3 +72,50 @@ def test_a_run_goes_on_in_another_layout(precision, tolerance, tmp_path):
     for key in ("loss", "grad_norm"):
         values = [line[key] for line in found]
         assert values == pytest.approx([line[key] for line in expected], rel=tolerance, abs=0)
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_refused(tmp_path):
+    command = ["--config", "tests/configs/tiny.yaml", f"run.dir={tmp_path / 'run'}"]
+    train_on(1, *command, "run.steps=2")
+    (damaged,) = latest(tmp_path / "run" / "checkpoints").glob("*.safetensors")
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 4
+    damaged.write_bytes(content)
+    ((status, errors),) = train_on(1, *command, "run.steps=4")
+    assert status == 2
+    assert str(damaged) in errors
+    assert len(read_metrics(tmp_path / "run" / METRICS_FILE)) == 2
+
+
+def test_a_changed_configuration_is_named(tmp_path):
+    command = ["--config", "tests/configs/tiny.yaml", f"run.dir={tmp_path / 'run'}"]
+    train_on(1, *command, "run.steps=2")
+    ((status, errors),) = train_on(1, *command, "run.steps=3", "run.seed=5", "optim.lr=1e-4")
+    assert status == 0
+    assert "run.seed=0 is now 5" in errors
+    assert "optim.lr=0.003 is now 0.0001" in errors
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_checkpoints(tmp_path):
+    folder = tmp_path / "run"
+    command = ["--config", "tests/configs/tiny.yaml", f"run.dir={folder}", "checkpoint.every=1", "optim.clip=0"]
+    train_on(2, *command, "run.steps=2")
+    results = train_on(2, *command, "run.steps=8", "optim.lr=1e300")
+    assert [status for status, _ in results] == [1, 1]
+    assert "lower optim.lr" in results[0][1]
+    last = latest(folder / "checkpoints")
+    assert all(tensor.isfinite().all() for tensor in load_tensors(last, prefix="weight.").values())
+    assert all(math.isfinite(line["loss"]) for line in read_metrics(folder / METRICS_FILE))
+
+
+@pytest.mark.parametrize("when", ["before", "after a checkpoint"])
+def test_a_tokenizer_without_a_checkpoint_is_trained_again(when, tmp_path):
+    folder = tmp_path / "run"
+    command = ["--config", "tests/configs/tiny.yaml", f"run.dir={folder}", "run.steps=1"]
+    if when == "before":  # what a kill before the first checkpoint leaves
+        folder.mkdir()
+        (folder / "tokenizer.model").write_bytes(b"")
+    train_on(1, *command)
+    first = (folder / "tokenizer.model").read_bytes()
+    train_on(1, *command, "run.steps=2", "text.vocabulary=96")
+    assert (folder / "tokenizer.model").read_bytes() == first != b""

@@ -16,7 +16,7 @@ def partition(costs: Sequence[float], num_stages: int) -> list[range]:
     >>> partition([1, 1, 1, 1], 2)
     [range(0, 2), range(2, 4)]
     >>> partition([1, 3, 1, 3, 1, 3], 2)
-    [range(0, 4), range(4, 6)]
+    [range(0, 3), range(3, 6)]
     """
     num_layers = len(costs)
     if num_layers < num_stages:

@@ -78,13 +78,14 @@ class Pipeline:
         return total
 
     @torch.no_grad()
-    def forward(self, batch: Tensor, keywords: dict[str, Any]) -> Tensor:
+    def forward(self, batch: Tensor, keywords: dict[str, Any], num_microbatches: int = 1) -> Tensor:
         """The last stage's output, on every rank of the pipeline; it has the shape and the dtype of `batch`.
 
-        The batch is padded with copies of its last sample to fill a microbatch per stage.
+        The batch is cut into `num_microbatches`, at least one for each stage, and padded with copies of its last
+        sample to fill them.
         """
-        size, stages = batch.shape[0], self.group.size
-        padded = -(-size // stages) * stages
+        size, count = batch.shape[0], max(num_microbatches, self.group.size)
+        padded = -(-size // count) * count
 
         def pad(value: Any) -> Any:
             if not isinstance(value, Tensor) or padded == size:
@@ -92,7 +93,7 @@ class Pipeline:
             return torch.cat([value, value[-1:].expand(padded - size, *value.shape[1:])])
 
         batch, keywords = pad(batch), {key: pad(value) for key, value in keywords.items()}
-        output = self._schedule(False, stages, batch, keywords).eval(*([batch] if self.is_first else []), **keywords)
+        output = self._schedule(False, count, batch, keywords).eval(*([batch] if self.is_first else []), **keywords)
         if self.group.size > 1:
             output = output.contiguous() if self.is_last else batch.new_empty(batch.shape)
             dist.broadcast(output, group=self.group.handle, group_src=self.group.size - 1)
