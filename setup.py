@@ -22,7 +22,7 @@ pins = {line.split("==")[0]: line for line in read_requirements("requirements.tx
 setup(
     name="megadit",
     version=VERSION[1],
-    description="Trains, converts and samples EC-DiT, a text-to-image diffusion transformer with expert-choice routing",
+    description="Trains and samples EC-DiT, a text-to-image diffusion transformer with expert-choice routing",
     license="Apache-2.0",
     packages=find_packages(include=["megadit", "megadit.*"]),
     package_data={"megadit": ["py.typed"]},
