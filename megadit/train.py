@@ -9,10 +9,13 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
 
 import torch.distributed as dist
 
 from megadit.runtime.launch import LaunchError, Process, process_group
+from megadit.runtime.lock import hold
 from megadit.runtime.log import setup_logging
 from megadit.training.build import Inputs, build_run, read_inputs
 from megadit.training.config import RunConfig, check, describe, load_config
@@ -21,6 +24,7 @@ from megadit.training.loop import Diverged, prepare_directory, resume, train
 logger = logging.getLogger("megadit")
 
 DIVERGED, BAD_INPUT = 1, 2  # exit statuses
+PATIENCE_S = 1200.0  # for another training in the same folder to end
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -73,9 +77,16 @@ def start(process: Process, path: str, overrides: Sequence[str]) -> int:
     if not agree(process, fault):
         return BAD_INPUT
     assert config is not None and inputs is not None
-    step, run = 0, None
+    step, run, lock = 0, None, None
     try:
         run = build_run(config, layout, inputs, process)
+        lock = take(config.directory) if process.is_main else None
+    except ValueError as error:
+        fault = str(error)
+    if not agree(process, fault):
+        return BAD_INPUT
+    assert run is not None
+    try:
         step = resume(run)
         if step < config.run.steps:
             prepare_directory(run)
@@ -83,7 +94,6 @@ def start(process: Process, path: str, overrides: Sequence[str]) -> int:
         fault = str(error)
     if not agree(process, fault):
         return BAD_INPUT
-    assert run is not None
     if step >= config.run.steps:
         logger.info("%s is finished: step %d of %d", config.directory, step, config.run.steps)
         return 0
@@ -96,7 +106,19 @@ def start(process: Process, path: str, overrides: Sequence[str]) -> int:
         if process.is_main:
             logger.error("%s", error)
         return DIVERGED
+    finally:
+        if lock is not None:
+            lock.close()
     return 0
+
+
+def take(folder: Path) -> IO[str]:
+    """The lock of a run's folder. Raises ValueError when the folder cannot be written or stays in use."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return hold(folder / "lock", PATIENCE_S)
+    except OSError as error:
+        raise ValueError(f"run.dir={folder} cannot be written: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -5,8 +5,11 @@ A process started by none of them is a world of one, on the same code path: it t
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import signal
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,6 +101,16 @@ def rendezvous(environ: Mapping[str, str]) -> tuple[str, int]:
     return address, 20000 + _number(environ, "SLURM_JOB_ID") % 20000  # jobs that share a node need different ports
 
 
+def end_with_parent() -> None:
+    """Have the kernel end this process when its parent dies (Linux; elsewhere nothing).
+
+    torchrun gives each rank a session of its own: when it is killed itself, the ranks would train on unseen.
+    """
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
 def gpu_of(local_rank: int, visible: int, environ: Mapping[str, str]) -> int:
     """The index of this process's GPU. srun may show each process its own GPU only, as number 0.
 
@@ -121,6 +134,8 @@ def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Proces
     LaunchError when the environment does not say who is who.
     """
     rank, world_size, local_rank = discover(os.environ)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
     if torch.cuda.is_available():
         device = torch.device("cuda", gpu_of(local_rank, torch.cuda.device_count(), os.environ))
         torch.cuda.set_device(device)

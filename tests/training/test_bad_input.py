@@ -171,17 +171,22 @@ def test_a_data_set_that_cannot_be_read_is_named(make, expected, tmp_path):
     assert expected in message
 
 
+def contents(folder):
+    """Every file of a run but the lock, which says who was there last."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
+
+
 def test_a_damaged_checkpoint_is_named_and_left_alone(tmp_path):
     folder = tmp_path / "run"
     command = ["--config", CONFIG, f"run.dir={folder}", "run.steps=2", "checkpoint.every=1"]
     train_on(1, *command)
     (damaged,) = (folder / "checkpoints" / "step_00000002").glob("*.safetensors")
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    before = contents(folder)
     ((status, errors),) = train_on(1, *command, "run.steps=4")
     assert status == 2
     assert str(damaged) in errors
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert contents(folder) == before
 
 
 def test_a_checkpoint_of_another_model_names_the_tensor(tmp_path):

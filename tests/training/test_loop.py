@@ -33,7 +33,7 @@ def watched(tmp_path_factory):
 def test_a_run_writes_these_files_and_no_others(watched):
     folder, _ = watched
     assert {path.name for path in folder.iterdir()} == {
-        *("config.yaml", "metrics.jsonl", "tokenizer.model"),
+        *("config.yaml", "lock", "metrics.jsonl", "tokenizer.model"),
         *("checkpoints", "samples", "tensorboard"),
     }
     assert {path.name for path in (folder / "samples").iterdir()} == {
