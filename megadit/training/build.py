@@ -83,19 +83,19 @@ def read_inputs(config: RunConfig) -> Inputs:
             f"{model.channels} x {model.image_size} x {model.image_size}; "
             f"{square if height == width else 'only square images can be trained on'}"
         )
-    kept = config.directory / TOKENIZER_FILE
+    corpus, kept = train.corpus(), config.directory / TOKENIZER_FILE
     if config.text.tokenizer:
         tokenizer = Tokenizer.load(Path(config.text.tokenizer).expanduser())
     elif kept.exists() and checkpoint.latest(config.directory / "checkpoints"):
         tokenizer = Tokenizer.load(kept)
     else:
-        tokenizer = Tokenizer.train(train.corpus(), config.text.vocabulary)
+        tokenizer = Tokenizer.train(corpus, config.text.vocabulary)
     if len(tokenizer) > config.text.vocabulary:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} pieces, text.vocabulary={config.text.vocabulary} has no room for "
             f"them; set text.vocabulary={len(tokenizer)}"
         )
-    cut = tokenizer.too_long(train.corpus(), config.text.length)
+    cut = tokenizer.too_long(corpus, config.text.length)
     if cut:
         logger.warning("%d captions are cut to text.length=%d tokens, such as %r", len(cut), config.text.length, cut[0])
     return Inputs(train, heldout, tokenizer)
@@ -107,7 +107,7 @@ def region_of(config: RunConfig, grid: Grid) -> Region:
 
 
 def build_model(config: RunConfig, grid: Grid, device: torch.device) -> ECDiT:
-    """This rank's stage, cut and initialised: weights depend on run.seed and their names alone."""
+    """This rank's stage, cut, its weights not yet drawn or loaded."""
     layers = partition(stage_costs(config.model, config.text), grid["pp"].size)[grid["pp"].rank]
     recompute = config.run.recompute == "block"
     model = ECDiT(config.model, config.text, layers, region_of(config, grid), grid["ep"], recompute)
@@ -115,7 +115,6 @@ def build_model(config: RunConfig, grid: Grid, device: torch.device) -> ECDiT:
     if config.run.compile:
         for block in model.blocks.values():
             block.compile(fullgraph=True, dynamic=False)
-    initialise(model.named_parameters(), grid, config.run.seed, lambda name: init_of(name, config.model))
     return model
 
 
@@ -139,6 +138,8 @@ def build_run(config: RunConfig, layout: Layout, inputs: Inputs, process: Proces
     grid = Grid(layout, process.rank)
     model = build_model(config, grid, process.device)
     named = list(model.named_parameters())
+    # Weights depend on run.seed and their names alone. The engine copies them, so they come first.
+    initialise(named, grid, config.run.seed, lambda name: init_of(name, config.model))
     engine = create_engine(config.zero.stage, named, grid, config.optim, decays)
 
     def loader(dataset: Dataset) -> Loader:

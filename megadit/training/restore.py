@@ -11,7 +11,7 @@ from torch import Tensor
 from megadit import checkpoint
 from megadit.diffusion.sampler import Progress
 from megadit.encoders.tokenizer import Tokenizer
-from megadit.parallel.grid import Grid, Layout, ParallelConfig
+from megadit.parallel.grid import Grid, ParallelConfig
 from megadit.parallel.pipeline.schedule import Pipeline
 from megadit.runtime.launch import Process
 from megadit.sampling.generate import SampleConfig, generate
@@ -65,8 +65,7 @@ def open_sampler(directory: Path, process: Process, parallel: ParallelConfig | N
     # The batch of training has no meaning here; any that fits the layout will do.
     data = replace(config.data, global_batch=process.world_size, micro_batch=1)
     config = replace(config, parallel=parallel or ParallelConfig(), data=data)
-    layout: Layout = check(config, process.world_size)
-    grid = Grid(layout, process.rank)
+    grid = Grid(check(config, process.world_size), process.rank)
     model = build_model(config, grid, process.device)
     wanted = {f"ema.{name}": logical_tensor(parameter, grid) for name, parameter in model.named_parameters()}
     checkpoint.load(path, wanted)
