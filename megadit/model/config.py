@@ -1,10 +1,10 @@
-"""The model's shape, and the sizes that the paper names."""
+"""The model's shape, the sizes that the paper names, and the ways to route of its neighbours."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -12,20 +12,39 @@ class ECDiTConfig:
     """Everything that fixes the network; the defaults are EC-DiT-XL-32E's."""
 
     preset: str = ""  # a size of `PRESETS`; the other fields override it
+    routing_preset: str = ""  # a way to route, of `ROUTING_PRESETS`; the other fields override it
 
     layers: int = 28
     width: int = 1152
     heads: int = 18
     kv_heads: int = 6
     head_width: int = 64
-    ffn_ratio: int = 4  # hidden width of a feed-forward layer or an expert, in model widths
+    feedforward: Literal["gelu", "swiglu"] = "gelu"  # of dense layers, experts and shared experts
+    ffn_ratio: float = 4.0  # hidden width of a feed-forward layer, in model widths
     qk_norm: bool = True
     bias: bool = False  # of the linear layers inside the blocks
     modulation: Literal["scale_shift", "gated"] = "scale_shift"
+    conditioning: Literal["text", "class"] = "text"  # class: DiT's, a label in place of a caption
+    classes: int = 0  # of conditioning=class
 
+    routing: Literal["expert_choice", "token_choice", "dense"] = "expert_choice"
     experts: int = 32  # 0: the dense twin
+    expert_ratio: float = 0.0  # hidden width of an expert, in model widths; 0: ffn_ratio
     moe_every: int = 2  # the last of every so many layers is a mixture of experts
-    capacity_factor: float = 2.0  # mean number of experts that pick a token
+    dense_first: int = 0  # so many first layers have no experts
+    capacity_factor: float = 2.0  # expert choice: mean experts per token; token choice: slots per pick
+    capacity_overrides: dict[int, float] = field(default_factory=dict)  # capacity factors of single layers
+    routing_group: int | Literal["sample", "batch"] = "sample"  # images that compete; batch: a whole microbatch
+    gate: Literal["softmax", "sigmoid", "identity"] = "softmax"  # from a router's logit to an affinity
+    normalise_gates: bool = False  # to sum 1 over the experts that took the token
+    route_scale: float = 1.0  # times the gates
+    router_input: Literal["modulated", "timestep"] = "modulated"  # timestep: it joins the unmodulated token
+    shared_experts: int = 0  # that every token passes
+    shared_ratio: float = 0.0  # hidden width of a shared expert, in model widths; 0: an expert's
+    top_k: int = 2  # token choice: experts that a token asks for
+    dropless: bool = False  # token choice: no capacity; shapes then follow the data
+    balance_loss: float = 0.0  # token choice: weight of the load-balancing loss
+    balance_counts: Literal["picks", "first"] = "picks"  # load that it evens out: of all picks, or first choices
 
     image_size: int = 32  # height and width of the latent image that positions are scaled to
     channels: int = 8
@@ -33,20 +52,47 @@ class ECDiTConfig:
 
     @property
     def hidden(self) -> int:
-        return self.ffn_ratio * self.width
+        """Hidden width of a dense feed-forward layer."""
+        return round(self.ffn_ratio * self.width)
+
+    @property
+    def expert_hidden(self) -> int:
+        """Hidden width of an expert."""
+        return round((self.expert_ratio or self.ffn_ratio) * self.width)
+
+    @property
+    def shared_hidden(self) -> int:
+        """Hidden width of all shared experts side by side, which is one feed-forward layer."""
+        return self.shared_experts * round((self.shared_ratio or self.expert_ratio or self.ffn_ratio) * self.width)
 
     @property
     def tokens(self) -> int:
         """Tokens of one square image of `image_size`."""
         return (self.image_size // self.patch) ** 2
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer has experts."""
+        return any(self.is_moe(layer) for layer in range(self.layers))
+
+    @property
+    def has_balance_loss(self) -> bool:
+        """Whether the stages hand a load-balancing loss on."""
+        return self.routing == "token_choice" and self.balance_loss > 0 and self.has_experts
+
     def is_moe(self, layer: int) -> bool:
         """Whether the layer (counted from 0) has experts: layers 1, 3, 5, ... when `moe_every` is 2."""
-        return self.experts > 0 and (layer + 1) % self.moe_every == 0
+        routed = self.routing != "dense" and self.experts > 0
+        return routed and layer >= self.dense_first and (layer + 1) % self.moe_every == 0
 
-    def capacity(self, tokens: int) -> int:
-        """Tokens that each expert takes of a routing group of `tokens`: min(S, ceil(S f_c / E))."""
-        exact = tokens * self.capacity_factor / self.experts
+    def capacity(self, layer: int, tokens: int) -> int:
+        """Tokens that each expert of a layer takes of a routing group of `tokens`.
+
+        Expert choice: min(S, ceil(S f_c / E)). Token choice: min(S, ceil(S k f_c / E)), as GShard (arXiv 2006.16668).
+        """
+        factor = self.capacity_overrides.get(layer, self.capacity_factor)
+        picks = self.top_k if self.routing == "token_choice" else 1
+        exact = tokens * picks * factor / self.experts
         return min(tokens, math.ceil(exact - 1e-9))  # 100 x 1.1 / 10 is a little more than 11 in floating point
 
 
@@ -66,4 +112,46 @@ PRESETS: dict[str, dict[str, int]] = {
     "ec-dit-3xl-32e": _size(42, 2304, 6, 32),
     "ec-dit-m": _size(46, 3072, 12, 0),
     "ec-dit-m-64e": _size(38, 3072, 12, 64),
+}
+
+# How others route, with any size of model.
+ROUTING_PRESETS: dict[str, dict[str, Any]] = {
+    "ec-dit": {"routing": "expert_choice", "capacity_factor": 2.0},
+    # Nucleus-Image (arXiv 2604.12163), as diffusers has it: shared expert, normalised gates, unmodulated router input.
+    "nucleus": {
+        "routing": "expert_choice",
+        "feedforward": "swiglu",
+        "experts": 64,
+        "expert_ratio": 0.65625,
+        "moe_every": 1,
+        "dense_first": 3,
+        "capacity_factor": 8.0,
+        "normalise_gates": True,
+        "route_scale": 2.5,
+        "router_input": "timestep",
+        "shared_experts": 1,
+    },
+    # DiT-MoE (arXiv 2407.11633): top-2 without a capacity, balanced over a rank's whole microbatch, two shared experts.
+    "dit-moe": {
+        "routing": "token_choice",
+        "routing_group": "batch",
+        "feedforward": "swiglu",
+        "experts": 8,
+        "moe_every": 1,
+        "top_k": 2,
+        "dropless": True,
+        "balance_loss": 0.005,
+        "shared_experts": 2,
+        "shared_ratio": 1.0,
+    },
+    # GShard (arXiv 2006.16668): top-2 with a capacity, gates normalised over what was not dropped. The second expert
+    # is always asked, not at random.
+    "gshard": {
+        "routing": "token_choice",
+        "top_k": 2,
+        "capacity_factor": 1.0,
+        "normalise_gates": True,
+        "balance_loss": 0.01,
+        "balance_counts": "first",
+    },
 }
