@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megadit.runtime.launch import LaunchError, Process, process_group
 from megadit.runtime.lock import hold
 from megadit.runtime.log import setup_logging
+from megadit.runtime.seed import use_deterministic_kernels
 from megadit.training.build import Inputs, build_run, read_inputs
 from megadit.training.config import RunConfig, check, describe, load_config
 from megadit.training.loop import Diverged, prepare_directory, resume, train
@@ -77,6 +78,8 @@ def start(process: Process, path: str, overrides: Sequence[str]) -> int:
     if not agree(process, fault):
         return BAD_INPUT
     assert config is not None and inputs is not None
+    if config.run.deterministic:
+        use_deterministic_kernels()
     step, run, lock = 0, None, None
     try:
         run = build_run(config, layout, inputs, process)
@@ -97,7 +100,7 @@ def start(process: Process, path: str, overrides: Sequence[str]) -> int:
     if step >= config.run.steps:
         logger.info("%s is finished: step %d of %d", config.directory, step, config.run.steps)
         return 0
-    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    parameters = sum(parameter.numel() for _, parameter in run.named)
     logger.info("%s: %s, %s, %s, %d parameters on process 0", config.directory, layout, process.device.type,
                 config.run.dtype, parameters)  # fmt: skip
     try:

@@ -1,8 +1,9 @@
 """Does a run draw the digits it is asked for? A support-vector classifier trained on real scans reads its pictures.
 
 The classifier learns from the training scans and is itself checked on the held-out ones. Prompts come from the
-held-out templates. Copying would show: each picture's distance to the nearest training scan is compared with the same
-distance of the held-out scans, which nobody can have copied.
+held-out templates; a run that is conditioned on classes is told the digits themselves. Copying would show: each
+picture's distance to the nearest training scan is compared with the same distance of the held-out scans, which nobody
+can have copied.
 
     python tools/judge_digits.py runs/digits --samples 500 --out runs/digits/result.json
 """
@@ -26,7 +27,7 @@ from megadit.runtime.launch import process_group
 from megadit.runtime.log import setup_logging
 from megadit.training.restore import open_sampler
 
-CHUNK = 125  # pictures drawn at once
+CHUNK = 125  # pictures drawn at once, about
 
 
 def to_ink(images_BCHW: Tensor) -> np.ndarray:
@@ -89,12 +90,13 @@ def main() -> int:
         except ValueError as error:
             print(f"judge_digits: {error}", file=sys.stderr)
             return 2
-        prompts = Digits("heldout").prompts(args.samples)
+        prompts = Digits("heldout", sampler.config.model.conditioning).prompts(args.samples)
         wanted = np.arange(args.samples) % 10  # the digit of each prompt, as `prompts` turns through them
+        chunk = -(-CHUNK // sampler.group) * sampler.group
         images = []
-        for begin in tqdm(range(0, args.samples, CHUNK), desc="pictures", unit="chunk", dynamic_ncols=True):
+        for begin in tqdm(range(0, args.samples, chunk), desc="pictures", unit="chunk", dynamic_ncols=True):
             settings = sampler.config.sample
-            images.append(sampler.draw(prompts[begin : begin + CHUNK], settings, args.seed, first_index=begin))
+            images.append(sampler.draw(prompts[begin : begin + chunk], settings, args.seed, first_index=begin))
     if process.is_main:
         result = judge(torch.cat(images), wanted)
         result["step"] = sampler.step

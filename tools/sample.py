@@ -1,6 +1,7 @@
 """Prompts to a PNG grid, from the averaged weights of a run's newest checkpoint.
 
 python tools/sample.py runs/digits --out seven.png "a handwritten seven" "the digit 7 in ink"
+python tools/sample.py runs/digits_class --out sevens.png 7 --repeat 10
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from megadit.sampling.generate import SampleConfig
 from megadit.sampling.picture import save_grid
 from megadit.training.restore import open_sampler
 
+PROMPTS = """what to draw: captions, or numbers of classes if the run is conditioned on classes;
+default: the data set's held-out ones"""
+
 
 def positive(text: str) -> int:
     """A whole number above 0, for argparse."""
@@ -31,7 +35,7 @@ def positive(text: str) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run's folder")
-    parser.add_argument("prompts", nargs="*", help="what to draw; default: the data set's held-out captions")
+    parser.add_argument("prompts", nargs="*", help=PROMPTS)
     parser.add_argument("--out", type=Path, help="the PNG to write; default: samples.png in the run's folder")
     parser.add_argument(
         "--count", type=positive, default=40, help="pictures when no prompt is given (default: %(default)s)"
@@ -48,7 +52,8 @@ def main() -> int:
         setup_logging(process.rank)
         try:
             sampler = open_sampler(args.run, process)
-            prompts = args.prompts or open_dataset(sampler.config.data, "heldout").prompts(args.count)
+            data, conditioning = sampler.config.data, sampler.config.model.conditioning
+            prompts = args.prompts or open_dataset(data, "heldout", conditioning).prompts(args.count)
             prompts = [prompt for prompt in prompts for _ in range(args.repeat)]
             default = sampler.config.sample
             settings = SampleConfig(

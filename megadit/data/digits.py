@@ -10,6 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from megadit.encoders.condition import Conditioning
 from megadit.runtime.seed import stream
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -35,6 +36,7 @@ HELDOUT_TEMPLATES = (
     "a person wrote {word}",
     "the number {numeral} drawn by hand",
 )
+CLASS_TEMPLATES = ("{numeral}",)  # the class is the digit
 HELDOUT_FRACTION = 5  # one scan in so many
 SPLIT_SEED = 20240  # the split is part of the data set, not of a run
 
@@ -56,13 +58,15 @@ def _scans() -> tuple[Tensor, Tensor]:
 class Digits:
     """One split of the scans, "train" or "heldout", with captions from that split's templates."""
 
-    def __init__(self, split: str) -> None:
+    def __init__(self, split: str, conditioning: Conditioning = "text") -> None:
+        """With class conditioning a caption is the digit alone, in both splits."""
         images, labels = _scans()
         order = torch.randperm(len(labels), generator=stream(SPLIT_SEED, "split"))
         num_heldout = len(labels) // HELDOUT_FRACTION
         chosen = order[num_heldout:] if split == "train" else order[:num_heldout]
         self.images_NCHW, self.labels_N = images[chosen], labels[chosen]
-        self.templates = TRAIN_TEMPLATES if split == "train" else HELDOUT_TEMPLATES
+        told = TRAIN_TEMPLATES if split == "train" else HELDOUT_TEMPLATES
+        self.templates = told if conditioning == "text" else CLASS_TEMPLATES
 
     def __len__(self) -> int:
         return len(self.labels_N)

@@ -12,7 +12,7 @@ from torch import Tensor
 from megadit.data.arrays import Arrays
 from megadit.data.batch import Batch
 from megadit.data.digits import Digits
-from megadit.encoders.tokenizer import Tokenizer
+from megadit.encoders.condition import Condition, Conditioning
 from megadit.runtime.seed import stream
 
 
@@ -39,20 +39,20 @@ class Dataset(Protocol):
         """float32 [B, C, H, W]."""
 
     def caption(self, index: int, generator: torch.Generator) -> str:
-        """A caption of sample `index`; whatever is random about it comes from `generator`."""
+        """A caption of sample `index`, or the number of its class; `generator` gives what is random about it."""
 
     def corpus(self) -> list[str]:
-        """Texts that a tokenizer is trained on."""
+        """Every caption that can be shown, or every class that occurs."""
 
     def prompts(self, count: int) -> list[str]:
-        """Captions to sample pictures from."""
+        """Captions, or numbers of classes, to sample pictures from."""
 
 
-def open_dataset(config: DataConfig, split: str) -> Dataset:
+def open_dataset(config: DataConfig, split: str, conditioning: Conditioning = "text") -> Dataset:
     """The "train" or "heldout" split. Raises ValueError naming the file when it cannot be read."""
     if config.kind == "arrays":
-        return Arrays(split, config.path)
-    return Digits(split)
+        return Arrays(split, config.path, conditioning)
+    return Digits(split, conditioning)
 
 
 def dataset_indices(seed: int, step: int, dataset_size: int, global_batch: int) -> Tensor:
@@ -73,10 +73,10 @@ class Loader:
     """One data-parallel rank's share of each step: consecutive samples of the global batch."""
 
     def __init__(
-        self, dataset: Dataset, tokenizer: Tokenizer, length: int, seed: int, global_batch: int, rank: int, size: int
+        self, dataset: Dataset, condition: Condition, seed: int, global_batch: int, rank: int, size: int
     ) -> None:
-        """`length`: tokens of a caption. `rank` and `size` are those of the data-parallel group."""
-        self.dataset, self.tokenizer, self.length, self.seed = dataset, tokenizer, length, seed
+        """`rank` and `size` are those of the data-parallel group."""
+        self.dataset, self.condition, self.seed = dataset, condition, seed
         self.global_batch, self.rank, self.size = global_batch, rank, size
 
     def batch(self, step: int) -> Batch:
@@ -100,4 +100,4 @@ class Loader:
             self.dataset.caption(index, stream(self.seed, "caption", step, sample))
             for sample, index in zip(sample_ids_B.tolist(), indices_B.tolist(), strict=True)
         ]
-        return Batch(sample_ids_B, self.dataset.images(indices_B), *self.tokenizer.encode(captions, self.length))
+        return Batch(sample_ids_B, self.dataset.images(indices_B), self.condition.encode(captions))

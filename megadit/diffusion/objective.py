@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Which times are trained (logit-normal, then shifted), and how often the caption is dropped for guidance."""
+    """Which times are trained (logit-normal, then shifted), and how often caption or class are dropped for guidance."""
 
     logit_mean: float = 0.0
     logit_std: float = 1.0
@@ -27,5 +28,6 @@ def corrupt(clean_BCHW: Tensor, noise_BCHW: Tensor, timesteps_B: Tensor) -> tupl
 
 
 def velocity_loss(prediction_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
-    """Mean squared error of the velocity per sample, [B], so that each sample weighs alike."""
-    return (prediction_BCHW - target_BCHW).square().flatten(1).mean(dim=1)
+    """Mean squared error of the velocity per sample, [B], so that each sample weighs alike; at least in float32."""
+    dtype = torch.promote_types(prediction_BCHW.dtype, torch.float32)
+    return (prediction_BCHW.to(dtype) - target_BCHW.to(dtype)).square().flatten(1).mean(dim=1)

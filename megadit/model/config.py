@@ -85,12 +85,19 @@ class ECDiTConfig:
         routed = self.routing != "dense" and self.experts > 0
         return routed and layer >= self.dense_first and (layer + 1) % self.moe_every == 0
 
+    def capacity_factor_of(self, layer: int) -> float:
+        """The capacity factor of one layer."""
+        return self.capacity_overrides.get(layer, self.capacity_factor)
+
     def capacity(self, layer: int, tokens: int) -> int:
-        """Tokens that each expert of a layer takes of a routing group of `tokens`.
+        """Tokens that each expert of a layer takes of a routing group of `tokens`."""
+        return self.slots(self.capacity_factor_of(layer), tokens)
+
+    def slots(self, factor: float, tokens: int) -> int:
+        """Tokens that an expert of this capacity factor takes of a routing group of `tokens`.
 
         Expert choice: min(S, ceil(S f_c / E)). Token choice: min(S, ceil(S k f_c / E)), as GShard (arXiv 2006.16668).
         """
-        factor = self.capacity_overrides.get(layer, self.capacity_factor)
         picks = self.top_k if self.routing == "token_choice" else 1
         exact = tokens * picks * factor / self.experts
         return min(tokens, math.ceil(exact - 1e-9))  # 100 x 1.1 / 10 is a little more than 11 in floating point

@@ -15,17 +15,37 @@ def layer_flops(config: ECDiTConfig, text: TextConfig, layer: int) -> float:
     """Forward FLOPs of one layer for one image."""
     tokens, width = config.tokens, config.width
     query, key_value = config.heads * config.head_width, config.kv_heads * config.head_width
-    self_attention = tokens * width * (2 * query + 2 * key_value) + 2 * tokens * tokens * query
-    cross_attention = (
-        2 * tokens * width * query + 2 * text.length * text.width * key_value + 2 * tokens * text.length * query
-    )
+    attention = tokens * width * (2 * query + 2 * key_value) + 2 * tokens * tokens * query
+    if config.conditioning == "text":
+        attention += (
+            2 * tokens * width * query + 2 * text.length * text.width * key_value + 2 * tokens * text.length * query
+        )
     modulation = MODULATION_OUTPUTS[config.modulation] * width * width
-    if config.is_moe(layer):
-        picks = config.experts * config.capacity(tokens)
-        feedforward = tokens * width * config.experts + picks * 2 * width * config.hidden
+    feedforward = (
+        _moe_products(config, layer) if config.is_moe(layer) else tokens * _hidden_products(config.hidden, config)
+    )
+    return 2.0 * (attention + modulation + feedforward)
+
+
+def _hidden_products(hidden: int, config: ECDiTConfig) -> int:
+    """Multiply-adds of a feed-forward network of that hidden width, for one token."""
+    return (3 if config.feedforward == "swiglu" else 2) * config.width * hidden
+
+
+def _moe_products(config: ECDiTConfig, layer: int) -> float:
+    """Multiply-adds of a mixture of experts for one image; with a capacity, of full experts."""
+    tokens, width = config.tokens, config.width
+    if config.routing == "token_choice" and config.dropless:
+        picks: float = tokens * config.top_k
     else:
-        feedforward = tokens * 2 * width * config.hidden
-    return 2.0 * (self_attention + cross_attention + modulation + feedforward)
+        assert config.routing_group != "batch", "assembly puts the number of images of a microbatch there"
+        images = 1 if config.routing_group == "sample" else config.routing_group
+        picks = config.experts * config.capacity(layer, tokens * images) / images
+    router = tokens * width * config.experts
+    if config.router_input == "timestep":
+        router += width * config.experts
+    experts = picks * _hidden_products(config.expert_hidden, config)
+    return router + experts + tokens * _hidden_products(config.shared_hidden, config)
 
 
 def end_flops(config: ECDiTConfig, text: TextConfig) -> tuple[float, float]:
@@ -33,7 +53,7 @@ def end_flops(config: ECDiTConfig, text: TextConfig) -> tuple[float, float]:
     pixels = config.channels * config.patch**2
     time = TIME_FREQUENCIES * config.width + config.width**2
     encoder = text.layers * (text.length * 12 * text.width**2 + 2 * text.length**2 * text.width)
-    first = config.tokens * pixels * config.width + time + encoder
+    first = config.tokens * pixels * config.width + time + (encoder if config.conditioning == "text" else 0)
     last = 2 * config.width**2 + config.tokens * config.width * pixels
     return 2.0 * first, 2.0 * last
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megadit.model.config import ECDiTConfig
 from megadit.model.text import TextConfig, TextEncoder
+from megadit.parallel.placement import placed
 from megadit.parallel.tensor.linear import ColumnParallelLinear, ReplicatedLinear
 from megadit.parallel.tensor.mappings import Region
 
@@ -56,7 +57,7 @@ def time_features(timesteps_B: Tensor) -> Tensor:
 
 
 class Embedding(nn.Module):
-    """The first part of the first stage: (image, time, text) -> the carry (x_BTD, cond_BD, text_BLX)."""
+    """The first part of the first stage: (image, time, caption or class) -> tokens, conditioning, text states."""
 
     def __init__(self, config: ECDiTConfig, text: TextConfig, region: Region) -> None:
         super().__init__()
@@ -64,11 +65,20 @@ class Embedding(nn.Module):
         self.patch = ReplicatedLinear(config.channels * config.patch**2, config.width)
         self.time_in = ReplicatedLinear(TIME_FREQUENCIES, config.width)
         self.time_out = ReplicatedLinear(config.width, config.width)
-        self.text = TextEncoder(text)
+        has_text = config.conditioning == "text"
+        self.text = TextEncoder(text) if has_text else None
+        # One row more than there are classes: no class, for guidance (DiT).
+        self.labels = None if has_text else placed((config.classes + 1, config.width))
 
     def forward(
-        self, image_BCHW: Tensor, timesteps_B: Tensor, text_ids_BL: Tensor, text_mask_BL: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        image_BCHW: Tensor,
+        timesteps_B: Tensor,
+        text_ids_BL: Tensor | None,
+        text_mask_BL: Tensor | None,
+        labels_B: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """(x_BTD, cond_BD), and text_BLX where there is text."""
         patch, (height, width) = self.config.patch, image_BCHW.shape[-2:]
         scale = self.config.image_size / max(height, width)
         positions_TD = sincos_positions(
@@ -76,7 +86,10 @@ class Embedding(nn.Module):
         ).to(image_BCHW.dtype)
         x_BTD = self.region.split_tokens(self.patch(patchify(image_BCHW, patch)) + positions_TD)
         cond_BD = self.time_out(F.silu(self.time_in(time_features(timesteps_B).to(image_BCHW.dtype))))
-        return x_BTD, cond_BD, self.text(text_ids_BL, text_mask_BL)
+        if self.text is not None:
+            return x_BTD, cond_BD, self.text(text_ids_BL, text_mask_BL)
+        assert labels_B is not None and self.labels is not None
+        return x_BTD, cond_BD + F.embedding(labels_B, self.labels)
 
 
 class Modulation(nn.Module):
@@ -94,9 +107,14 @@ class Modulation(nn.Module):
         return self.region.gather_features(self.linear(F.silu(cond_BD))).unsqueeze(1).chunk(self.count, dim=2)
 
 
-def modulate(x_BTD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
-    """adaLN (DiT, arXiv 2212.09748): the layer norm without parameters, scaled and shifted by the conditioning."""
-    return F.layer_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6) * (1 + scale_B1D) + shift_B1D
+def normed(x_BTD: Tensor) -> Tensor:
+    """The layer norm without parameters."""
+    return F.layer_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6)
+
+
+def modulate(normed_BTD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
+    """adaLN (DiT, arXiv 2212.09748): normalised tokens, scaled and shifted by the conditioning."""
+    return normed_BTD * (1 + scale_B1D) + shift_B1D
 
 
 class Head(nn.Module):
@@ -109,5 +127,5 @@ class Head(nn.Module):
         self.linear = ReplicatedLinear(config.width, config.channels * config.patch**2, partial=region.partial)
 
     def forward(self, x_BTD: Tensor, cond_BD: Tensor, size: tuple[int, int]) -> Tensor:
-        patches_BTP = self.linear(modulate(x_BTD, *self.modulation(cond_BD)))
+        patches_BTP = self.linear(modulate(normed(x_BTD), *self.modulation(cond_BD)))
         return unpatchify(self.region.collect_tokens(patches_BTP), self.patch, size)

@@ -7,6 +7,8 @@ import math
 from megadit.model.config import ECDiTConfig
 from megadit.parallel.init import Constant, Init, Normal, Xavier
 
+EMBEDDINGS = ("embed.text.tokens", "embed.text.positions", "embed.labels")
+
 
 def init_of(name: str, config: ECDiTConfig) -> Init:
     """The initial distribution of the parameter of this global name.
@@ -20,7 +22,7 @@ def init_of(name: str, config: ECDiTConfig) -> Init:
         return Constant(1.0)
     if name.endswith("modulation.linear.weight") or name == "head.linear.weight":
         return Constant(0.0)
-    if name in ("embed.text.tokens", "embed.text.positions") or name.startswith("embed.time"):
+    if name in EMBEDDINGS or name.startswith("embed.time"):
         return Normal(0.02)
     if name.startswith("blocks.") and name.endswith((".out.weight", ".down.weight", ".down")):
         return Xavier(gain=1 / math.sqrt(3 * config.layers))
@@ -29,5 +31,4 @@ def init_of(name: str, config: ECDiTConfig) -> Init:
 
 def decays(name: str) -> bool:
     """Whether weight decay applies: not to norms, biases and embeddings."""
-    is_embedding = name in ("embed.text.tokens", "embed.text.positions")
-    return not (name.endswith(".bias") or name.endswith("norm.weight") or is_embedding)
+    return not (name.endswith((".bias", "norm.weight")) or name in EMBEDDINGS)

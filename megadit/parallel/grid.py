@@ -32,7 +32,13 @@ class ParallelConfig:
     pipeline: int = 1
     expert: int = 1
     sequence: bool = False  # cut the tokens between blocks over the tensor axis
-    schedule: Literal["1f1b"] = "1f1b"
+    schedule: Literal["1f1b", "interleaved", "zbv"] = "1f1b"
+    stages_per_rank: int = 2  # interleaved: slices of the layers that a pipeline rank holds (zbv: always 2)
+
+    @property
+    def stages_on_rank(self) -> int:
+        """Pipeline stages that one rank holds under the schedule."""
+        return {"1f1b": 1, "interleaved": self.stages_per_rank, "zbv": 2}[self.schedule]
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,14 @@ class Group:
         # gloo silently writes wrong data into a non-contiguous output, so make it from the shape, not from the strides.
         out = x.new_empty(x.shape)
         dist.all_to_all_single(out, x, group=self.handle)
+        return out
+
+    def all_to_all_ragged(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Exchange along dimension 0 of `sent[i]` rows to rank i for `received[i]` rows from it."""
+        if self.size == 1:
+            return x
+        out = x.new_empty(sum(received), *x.shape[1:])
+        dist.all_to_all_single(out, x.contiguous(), received, sent, group=self.handle)
         return out
 
 

@@ -1,9 +1,9 @@
-"""Captions to images with whatever pipeline of ranks holds the network."""
+"""Prompts to images with whatever pipeline of ranks holds the network."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from megadit.diffusion.guidance import guided
 from megadit.diffusion.sampler import SAMPLERS, Progress
 from megadit.diffusion.timesteps import sampling_times
-from megadit.encoders.tokenizer import Tokenizer
+from megadit.encoders.condition import Condition
 from megadit.parallel.pipeline.schedule import Pipeline
 from megadit.runtime.seed import stream
 
@@ -32,38 +32,58 @@ class SampleConfig:
 
 def generate(
     pipeline: Pipeline,
-    tokenizer: Tokenizer,
+    condition: Condition,
     prompts: Sequence[str],
     image_shape: tuple[int, int, int],
-    length: int,
     config: SampleConfig,
     seed: int,
     dtype: torch.dtype,
     first_index: int = 0,
+    group: int = 1,
     progress: Progress = iter,
 ) -> Tensor:
     """One image per prompt, [B, C, H, W], on every rank that takes part. Collective over the model's ranks.
 
-    Image i starts from noise that depends on (seed, first_index + i) alone. `length`: tokens of a caption.
-    Raises ValueError for no prompts, and for an empty one: the empty caption is what guidance steers away from.
+    Image i starts from noise that depends on (seed, first_index + i) alone. `dtype`: the network's; images are float32
+    at least. `group` images, beginning at a multiple of it, may be routed together: the last group is filled up with
+    more images of the last prompt, which are thrown away, so that an image depends on its group's prompts and not on
+    how groups are batched.
+
+    Raises ValueError for no prompts, for an empty one (guidance steers away from the empty caption), for one that the
+    condition refuses, and for a batch that begins within a group.
     """
     if not prompts:
         raise ValueError("no prompts; say what to draw")
     for i, prompt in enumerate(prompts):
         if not prompt.strip():
             raise ValueError(f"prompt {first_index + i} is empty; say what to draw")
-    for prompt in tokenizer.too_long(prompts, length):
-        logger.warning("the prompt %r is cut to the %d tokens that the model reads", prompt, length)
-    device = pipeline.device
-    streams = [stream(seed, "sample", first_index + i) for i in range(len(prompts))]
-    # In float64: float32 normals differ between CPUs of different vector width.
-    noise = [torch.randn(image_shape, generator=generator, dtype=torch.float64) for generator in streams]
-    noise_BCHW = torch.stack(noise).to(device, dtype)
-    ids_BL, mask_BL = tokenizer.encode([*prompts, *[""] * len(prompts)], length)
-    text = {"text_ids_BL": ids_BL.to(device), "text_mask_BL": mask_BL.to(device), "size": tuple(image_shape[1:])}
+    if first_index % group:
+        raise ValueError(
+            f"first_index={first_index} is within a group of {group} images that are routed together; "
+            f"begin at a multiple of {group}"
+        )
+    for warning in condition.warnings(prompts):
+        logger.warning("%s", warning)
+    device, filling = pipeline.device, -len(prompts) % group
+    told = condition.encode([*prompts, *[prompts[-1]] * filling])
+    # Conditional and unconditional images never share a group: each half is whole groups.
+    both = {key: torch.cat([value, condition.nothing[key].expand_as(value)]) for key, value in told.items()}
+    fixed = {"size": tuple(image_shape[1:]), **{key: value.to(device) for key, value in both.items()}}
+    exact = torch.promote_types(dtype, torch.float32)  # bf16 would lose the small steps
 
     def network(x_BCHW: Tensor, timesteps_B: Tensor) -> Tensor:
-        return pipeline.forward(x_BCHW, {"timesteps_B": timesteps_B, **text})
+        keywords = {"timesteps_B": timesteps_B, **fixed}
+        return pipeline.forward(x_BCHW.to(dtype), keywords, multiple=group).to(exact)
 
-    times = sampling_times(config.steps, config.shift, dtype).to(device)
-    return SAMPLERS[config.sampler](guided(network, config.guidance), noise_BCHW, times, progress)
+    noise_BCHW = noise_of(seed, range(first_index, first_index + len(prompts) + filling), image_shape)
+    times = sampling_times(config.steps, config.shift, exact).to(device)
+    velocity = guided(network, config.guidance)
+    return SAMPLERS[config.sampler](velocity, noise_BCHW.to(device, exact), times, progress)[: len(prompts)]
+
+
+def noise_of(seed: int, indices: Iterable[int], image_shape: tuple[int, int, int]) -> Tensor:
+    """What images start from, [B, C, H, W]; each image's is a function of the seed and its own index."""
+    # In float64: float32 normals differ between CPUs of different vector width.
+    return torch.stack(
+        [torch.randn(image_shape, generator=stream(seed, "sample", i), dtype=torch.float64) for i in indices]
+    )

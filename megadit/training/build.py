@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,17 +13,18 @@ from torch import Tensor, nn
 from megadit import checkpoint
 from megadit.data.loader import Dataset, Loader, open_dataset
 from megadit.diffusion.objective import velocity_loss
+from megadit.encoders.condition import Captions, Condition, Labels
 from megadit.encoders.tokenizer import Tokenizer
 from megadit.model.count import stage_costs
 from megadit.model.ecdit import ECDiT
 from megadit.model.weights import decays, init_of
 from megadit.parallel.grid import Grid, Layout
 from megadit.parallel.init import initialise
-from megadit.parallel.pipeline.partition import partition
+from megadit.parallel.pipeline.partition import partition, stage_indices
 from megadit.parallel.pipeline.schedule import LossFunction, Pipeline
 from megadit.parallel.tensor.mappings import CutTokens, Region, ReplicatedTokens
 from megadit.runtime.launch import Process
-from megadit.training.config import RunConfig, num_microbatches
+from megadit.training.config import RunConfig, images_per_group, num_microbatches
 from megadit.training.ema import Ema
 from megadit.zero import Engine, create_engine
 
@@ -33,11 +35,11 @@ TOKENIZER_FILE = "tokenizer.model"
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads before it starts: both splits and the tokenizer."""
+    """What a run reads before it starts: both splits, and what makes the network's input of their captions."""
 
     train: Dataset
     heldout: Dataset
-    tokenizer: Tokenizer
+    condition: Condition
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Run:
     config: RunConfig
     process: Process
     grid: Grid
-    model: ECDiT
+    stages: list[ECDiT]
     pipeline: Pipeline
     engine: Engine
     ema: Ema
@@ -58,7 +60,7 @@ class Run:
     @property
     def named(self) -> list[tuple[str, nn.Parameter]]:
         """This rank's parameters under their global names."""
-        return list(self.model.named_parameters())
+        return named_parameters(self.stages)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -66,24 +68,42 @@ class Run:
         return self.inputs.train.image_shape
 
 
+def named_parameters(stages: Sequence[ECDiT]) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of several stages; their names are global, so none comes twice."""
+    return [named for stage in stages for named in stage.named_parameters()]
+
+
 def read_inputs(config: RunConfig) -> Inputs:
-    """Open the data and the tokenizer. Writes nothing, communicates nothing.
+    """Open the data and, for captions, the tokenizer. Writes nothing, communicates nothing.
 
     Raises ValueError naming the file or key for data that cannot be read or does not fit the model.
     """
-    train, heldout = open_dataset(config.data, "train"), open_dataset(config.data, "heldout")
     model = config.model
+    train, heldout = (open_dataset(config.data, split, model.conditioning) for split in ("train", "heldout"))
+    source = config.data.path or f"data.kind={config.data.kind}"
     wanted = (model.channels, model.image_size, model.image_size)
     if train.image_shape != wanted:
         channels, height, width = train.image_shape
-        source = config.data.path or f"data.kind={config.data.kind}"
         square = f"set model.channels={channels} and model.image_size={height}"
         raise ValueError(
             f"{source} has images of {channels} x {height} x {width}, the model expects "
             f"{model.channels} x {model.image_size} x {model.image_size}; "
             f"{square if height == width else 'only square images can be trained on'}"
         )
-    corpus, kept = train.corpus(), config.directory / TOKENIZER_FILE
+    if model.conditioning == "text":
+        return Inputs(train, heldout, Captions(read_tokenizer(config, train.corpus()), config.text.length))
+    largest = max(int(label) for dataset in (train, heldout) for label in dataset.corpus())
+    if largest >= model.classes:
+        raise ValueError(
+            f"{source} has classes up to {largest}, model.classes={model.classes} has no room for them; "
+            f"set model.classes={largest + 1}"
+        )
+    return Inputs(train, heldout, Labels(model.classes))
+
+
+def read_tokenizer(config: RunConfig, corpus: Sequence[str]) -> Tokenizer:
+    """The tokenizer that is named, else the one that the run began with, else a new one of the corpus."""
+    kept = config.directory / TOKENIZER_FILE
     if config.text.tokenizer:
         tokenizer = Tokenizer.load(Path(config.text.tokenizer).expanduser())
     elif kept.exists() and checkpoint.latest(config.directory / "checkpoints"):
@@ -98,7 +118,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     cut = tokenizer.too_long(corpus, config.text.length)
     if cut:
         logger.warning("%d captions are cut to text.length=%d tokens, such as %r", len(cut), config.text.length, cut[0])
-    return Inputs(train, heldout, tokenizer)
+    return tokenizer
 
 
 def region_of(config: RunConfig, grid: Grid) -> Region:
@@ -106,38 +126,58 @@ def region_of(config: RunConfig, grid: Grid) -> Region:
     return CutTokens(grid["tp"]) if config.parallel.sequence else ReplicatedTokens(grid["tp"])
 
 
-def build_model(config: RunConfig, grid: Grid, device: torch.device) -> ECDiT:
-    """This rank's stage, cut, its weights not yet drawn or loaded."""
-    layers = partition(stage_costs(config.model, config.text), grid["pp"].size)[grid["pp"].rank]
-    recompute = config.run.recompute == "block"
-    model = ECDiT(config.model, config.text, layers, region_of(config, grid), grid["ep"], recompute)
-    model = model.to(device, config.dtype)
-    if config.run.compile:
-        for block in model.blocks.values():
-            block.compile(fullgraph=True, dynamic=False)
-    return model
+def build_stages(config: RunConfig, grid: Grid, device: torch.device) -> list[ECDiT]:
+    """This rank's pipeline stages, cut, their weights not yet drawn or loaded."""
+    parallel, group = config.parallel, grid["pp"]
+    model = replace(config.model, routing_group=images_per_group(config))
+    layers = partition(stage_costs(model, config.text), group.size * parallel.stages_on_rank)
+    stages = []
+    for index in stage_indices(parallel.schedule, group.rank, group.size, parallel.stages_on_rank):
+        stage = ECDiT(model, config.text, layers[index], region_of(config, grid), grid["ep"], config.run.recompute)
+        stages.append(stage.to(device, config.dtype))
+        if config.run.compile:
+            for block in stage.blocks.values():
+                block.compile(fullgraph=True, dynamic=False)
+    return stages
 
 
-def mean_over(samples: int) -> LossFunction:
+def mean_over(samples: int, balance_weight: float) -> LossFunction:
     """The loss of a microbatch: its samples' losses over the number of `samples` of the whole local batch."""
 
-    def loss(prediction_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
-        return velocity_loss(prediction_BCHW, target_BCHW).sum() / samples
+    def loss(output: Tensor | tuple[Tensor, Tensor], target_BCHW: Tensor) -> Tensor:
+        if isinstance(output, Tensor):
+            return velocity_loss(output, target_BCHW).sum() / samples
+        prediction_BCHW, balance = output
+        return (velocity_loss(prediction_BCHW, target_BCHW).sum() + balance_weight * balance.sum()) / samples
 
     return loss
 
 
-def build_pipeline(config: RunConfig, model: ECDiT, grid: Grid, device: torch.device) -> Pipeline:
-    """The stage under its schedule."""
+def build_pipeline(
+    config: RunConfig,
+    stages: list[ECDiT],
+    grid: Grid,
+    device: torch.device,
+    after_backward: Callable[[], None] = lambda: None,
+) -> Pipeline:
+    """The stages under their schedule; `after_backward` is told of each microbatch's gradients."""
     local_batch = config.data.global_batch // grid["dp"].size
-    return Pipeline(model, grid["pp"], device, num_microbatches(config, grid.layout), mean_over(local_batch))
+    return Pipeline(
+        stages,
+        grid["pp"],
+        device,
+        num_microbatches(config, grid.layout),
+        mean_over(local_batch, config.model.balance_loss),
+        config.parallel.schedule,
+        after_backward,
+    )
 
 
 def build_run(config: RunConfig, layout: Layout, inputs: Inputs, process: Process) -> Run:
     """Assemble a run. Collective over the world."""
     grid = Grid(layout, process.rank)
-    model = build_model(config, grid, process.device)
-    named = list(model.named_parameters())
+    stages = build_stages(config, grid, process.device)
+    named = named_parameters(stages)
     # Weights depend on run.seed and their names alone. The engine copies them, so they come first.
     initialise(named, grid, config.run.seed, lambda name: init_of(name, config.model))
     engine = create_engine(config.zero.stage, named, grid, config.optim, decays)
@@ -145,8 +185,7 @@ def build_run(config: RunConfig, layout: Layout, inputs: Inputs, process: Proces
     def loader(dataset: Dataset) -> Loader:
         return Loader(
             dataset,
-            inputs.tokenizer,
-            config.text.length,
+            inputs.condition,
             config.run.seed,
             config.data.global_batch,
             grid["dp"].rank,
@@ -157,8 +196,8 @@ def build_run(config: RunConfig, layout: Layout, inputs: Inputs, process: Proces
         config=config,
         process=process,
         grid=grid,
-        model=model,
-        pipeline=build_pipeline(config, model, grid, process.device),
+        stages=stages,
+        pipeline=build_pipeline(config, stages, grid, process.device, engine.accumulate),
         engine=engine,
         ema=Ema(named, config.ema),
         inputs=inputs,

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from megadit.data.loader import DataConfig
 from megadit.diffusion.objective import ObjectiveConfig
-from megadit.model.config import PRESETS, ECDiTConfig
+from megadit.model.config import PRESETS, ROUTING_PRESETS, ECDiTConfig
 from megadit.model.text import TextConfig
 from megadit.parallel.grid import Layout, ParallelConfig
 from megadit.sampling.generate import SampleConfig
@@ -29,7 +29,7 @@ from megadit.training.ema import EmaConfig
 from megadit.zero import OptimConfig, ZeroConfig
 
 CONFIG_FILE = "config.yaml"  # in a run's folder
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,10 @@ class RunSection:
     dir: str = ""  # empty: runs/<name>
     seed: int = 0
     steps: int = 1000
-    dtype: Literal["float32", "float64"] = "float32"
+    dtype: Literal["bfloat16", "float32", "float64"] = "float32"  # of parameters; ZeRO keeps float32 masters
     compile: bool = False  # torch.compile of each block, as one graph of fixed shapes
-    recompute: Literal["none", "block"] = "none"  # block: keep each block's inputs only and run it again backward
+    recompute: Literal["none", "block", "moe"] = "none"  # what keeps its inputs only and runs again backward
+    deterministic: bool = False  # only kernels that repeat bit for bit; an error names what has none
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class CheckpointConfig:
 class LogConfig:
     """metrics.jsonl is always written; these say how often the held-out split is looked at and pictures are drawn."""
 
+    every: int = 10  # steps between looks at the device, which wait for it; metrics.jsonl has every step all the same
     evaluate_every: int = 500  # steps; 0: never
     sample_every: int = 500  # steps; 0: never
     samples: int = 40
@@ -93,6 +95,8 @@ class RunConfig:
         """Plain types only, as YAML and JSON take them."""
         plain = dataclasses.asdict(self)
         plain["optim"]["betas"] = list(plain["optim"]["betas"])
+        overrides = plain["model"]["capacity_overrides"]
+        plain["model"]["capacity_overrides"] = {str(layer): factor for layer, factor in overrides.items()}  # as in JSON
         return plain
 
     def to_yaml(self) -> str:
@@ -147,10 +151,15 @@ def parse(raw: Mapping[str, Any], source: str) -> RunConfig:
         for key in values:
             check_known(key, fields, "key", prefix=f"{section}.")
         expanded[section] = dict(values)
-    preset = expanded.get("model", {}).get("preset")
+    preset = expanded.get("model", {}).get("preset") or ""
     if preset:
         check_known(preset, PRESETS, "model.preset")
-        expanded["model"] = {**PRESETS[preset], **expanded["model"]}
+    routing_preset = expanded.get("model", {}).get("routing_preset") or ""
+    if routing_preset:
+        check_known(routing_preset, ROUTING_PRESETS, "model.routing_preset")
+    if preset or routing_preset:
+        named = {**PRESETS.get(preset, {}), **ROUTING_PRESETS.get(routing_preset, {})}
+        expanded["model"] = {**named, **expanded["model"]}
     try:
         return TypeAdapter(RunConfig).validate_python(expanded)
     except ValidationError as error:
@@ -197,8 +206,12 @@ def _cut_by_tensor(config: RunConfig) -> dict[str, int]:
     """What the tensor degree must divide, by the name of its key."""
     model = config.model
     cut = {"model.heads": model.heads, "model.kv_heads": model.kv_heads, "model.width": model.width}
-    if model.experts:
+    if model.has_experts:
         cut["model.experts"] = model.experts
+    if model.has_experts and model.shared_experts:
+        cut["the shared experts' hidden width"] = model.shared_hidden
+    if not all(model.is_moe(layer) for layer in range(model.layers)):
+        cut["the hidden width model.ffn_ratio x model.width"] = model.hidden
     if config.parallel.sequence:
         cut["the tokens of an image (model.image_size / model.patch)^2"] = model.tokens
     return cut
@@ -214,8 +227,10 @@ def tensor_divides(config: RunConfig, world_size: int) -> Iterator[str]:
 
 def experts_divide(config: RunConfig, world_size: int) -> Iterator[str]:
     experts, tensor, expert = config.model.experts, config.parallel.tensor, config.parallel.expert
-    if experts == 0 and expert > 1:
-        yield f"parallel.expert={expert}, but the model is dense (model.experts=0); use parallel.expert=1"
+    if not config.model.has_experts:
+        if expert > 1:
+            why = "model.experts=0" if experts == 0 else "model.routing, model.moe_every, model.dense_first"
+            yield f"parallel.expert={expert}, but the model is dense ({why}); use parallel.expert=1"
     elif experts % tensor == 0 and experts % (tensor * expert):
         allowed = [d for d in range(1, experts + 1) if experts % (tensor * d) == 0]
         yield (
@@ -249,11 +264,66 @@ def captions_fit(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 def layers_fill_stages(config: RunConfig, world_size: int) -> Iterator[str]:
-    if config.parallel.pipeline > config.model.layers:
+    parallel, layers = config.parallel, config.model.layers
+    num_stages = parallel.pipeline * parallel.stages_on_rank
+    if num_stages > layers:
+        turns = "" if parallel.stages_on_rank == 1 else f" x {parallel.stages_on_rank} stages per rank"
+        allowed = layers // parallel.stages_on_rank
+        change = f"use at most {allowed}" if allowed else "use parallel.schedule=1f1b"
+        yield (f"parallel.pipeline={parallel.pipeline}{turns} cannot be filled by model.layers={layers}; {change}")
+
+
+def schedule_composes(config: RunConfig, world_size: int) -> Iterator[str]:
+    """zbv runs the backward pass in two halves, for inputs and for weights."""
+    if config.parallel.schedule != "zbv":
+        return
+    other = "use parallel.schedule=1f1b or interleaved"
+    if config.run.recompute != "none":
         yield (
-            f"parallel.pipeline={config.parallel.pipeline} stages cannot be filled by model.layers="
-            f"{config.model.layers}; use at most {config.model.layers}"
+            f"run.recompute={config.run.recompute} would run again for each half of zbv's backward pass; use "
+            f"run.recompute=none, or {other}"
         )
+    if config.zero.stage == 2:
+        yield f"zero.stage=2 is not proven under zbv, which splits gradients off the backward pass; use zero.stage=1, or {other}"
+    if config.run.compile:
+        yield f"run.compile=true cannot split the backward pass as zbv does; use run.compile=false, or {other}"
+
+
+def routing_makes_sense(config: RunConfig, world_size: int) -> Iterator[str]:
+    model = config.model
+    if not model.has_experts:
+        return
+    if model.routing == "expert_choice":
+        for key, value in {"dropless": model.dropless, "balance_loss": model.balance_loss}.items():
+            if value:
+                yield (
+                    f"model.{key}={value} is for token choice: experts that choose are balanced and drop nothing; "
+                    f"leave it out, or set model.routing=token_choice"
+                )
+    elif model.top_k > model.experts:
+        yield f"model.top_k={model.top_k} asks for more experts than model.experts={model.experts}; use at most that"
+    for layer, factor in model.capacity_overrides.items():
+        if not (0 <= layer < model.layers and model.is_moe(layer)):
+            has = _join([number for number in range(model.layers) if model.is_moe(number)])
+            yield f"model.capacity_overrides names layer {layer}, which has no experts; layers with experts: {has}"
+        if not 0 < factor < math.inf:
+            yield f"model.capacity_overrides[{layer}]={factor} must be more than 0"
+    if config.run.compile and model.routing == "token_choice" and model.dropless:
+        yield "run.compile=true needs fixed shapes; use model.dropless=false, or run.compile=false"
+
+
+def conditioning_is_given(config: RunConfig, world_size: int) -> Iterator[str]:
+    conditioning, classes = config.model.conditioning, config.model.classes
+    if conditioning == "class" and classes < 1:
+        yield f"model.conditioning=class needs model.classes, the number of classes; it is {classes}"
+
+
+def images_per_group(config: RunConfig) -> int:
+    """Images whose tokens are routed together: consecutive ones of a microbatch."""
+    group = config.model.routing_group
+    if group == "sample" or not config.model.has_experts:
+        return 1
+    return config.data.micro_batch if group == "batch" else group
 
 
 def num_microbatches(config: RunConfig, layout: Layout) -> int:
@@ -271,37 +341,65 @@ def batch_divides(config: RunConfig, world_size: int) -> Iterator[str]:
             f"data.global_batch={data.global_batch} is not a multiple of {layout.dp} data-parallel ranks x "
             f"{one_pass}; the nearest that is: {nearest}"
         )
-    elif num_microbatches(config, layout) < layout.pp:
+        return
+    count = num_microbatches(config, layout)
+    if count < layout.pp:
         local = data.global_batch // layout.dp
         allowed = [size for size in range(1, local + 1) if local % size == 0 and local // size >= layout.pp]
         change = f"use data.micro_batch={_join(allowed)}" if allowed else "raise data.global_batch"
         yield (
-            f"data.micro_batch={data.micro_batch} makes {num_microbatches(config, layout)} microbatches for "
+            f"data.micro_batch={data.micro_batch} makes {count} microbatches for "
             f"parallel.pipeline={layout.pp} stages, which need at least one each; {change}"
+        )
+    elif config.parallel.schedule == "interleaved" and count % max(1, count // layout.pp):
+        yield (
+            f"parallel.schedule=interleaved goes through {count} microbatches in {count // layout.pp} equal rounds, "
+            f"which {count} is not a multiple of; change data.micro_batch or data.global_batch, a multiple of "
+            f"{layout.pp} microbatches always fits"
+        )
+
+
+def groups_fill_microbatches(config: RunConfig, world_size: int) -> Iterator[str]:
+    layout, group = Layout.of(config.parallel, world_size), config.model.routing_group
+    if not config.model.has_experts:
+        return
+    micro_batch = config.data.global_batch // (layout.dp * num_microbatches(config, layout))
+    if group == "batch" and not config.data.micro_batch:
+        yield (
+            "model.routing_group=batch lets the images of a microbatch compete, so its size is part of the model and "
+            f"must not follow the layout; set data.micro_batch, which would be {micro_batch} here"
+        )
+    elif isinstance(group, int) and micro_batch % group:
+        allowed = [size for size in range(1, micro_batch + 1) if micro_batch % size == 0]
+        yield (
+            f"model.routing_group={group} does not divide the {micro_batch} images of a microbatch; use "
+            f"{_join(allowed)}, or set data.micro_batch to a multiple of {group}"
         )
 
 
 def zero_keeps_precision(config: RunConfig, world_size: int) -> Iterator[str]:
     if config.zero.stage > 0 and config.run.dtype == "float64":
         yield f"zero.stage={config.zero.stage} keeps float32 masters; use zero.stage=0 with run.dtype=float64"
+    if config.zero.stage == 0 and config.run.dtype == "bfloat16":
+        yield "run.dtype=bfloat16 needs the float32 masters of ZeRO: small updates would be lost; use zero.stage=1"
 
 
 # What must be more than 0, and what may also be 0.
 POSITIVE = {
     "run": ("steps",),
     "model": ("layers", "width", "heads", "kv_heads", "head_width", "ffn_ratio", "moe_every", "capacity_factor",
-              "image_size", "channels", "patch"),
+              "image_size", "channels", "patch", "route_scale", "top_k"),
     "text": ("vocabulary", "width", "heads"),
-    "parallel": ("tensor", "pipeline", "expert"),
+    "parallel": ("tensor", "pipeline", "expert", "stages_per_rank"),
     "data": ("global_batch",),
     "objective": ("shift",),
     "optim": ("eps",),
     "sample": ("steps", "shift"),
     "checkpoint": ("every",),
-    "log": ("samples",),
+    "log": ("samples", "every"),
 }  # fmt: skip
 NOT_NEGATIVE = {
-    "model": ("experts",),
+    "model": ("experts", "expert_ratio", "dense_first", "shared_experts", "shared_ratio", "balance_loss", "classes"),
     "text": ("layers",),
     "data": ("micro_batch",),
     "objective": ("logit_std",),
@@ -330,6 +428,9 @@ def numbers_make_sense(config: RunConfig, world_size: int) -> Iterator[str]:
     for name, value in fractions.items():
         if not 0 <= value < 1:
             yield f"{name}={value} must be at least 0 and less than 1"
+    group = config.model.routing_group
+    if isinstance(group, int) and group < 1:
+        yield f"model.routing_group={group} must be sample, batch, or a number of images of at least 1"
     if not 0 <= config.objective.caption_dropout <= 1:
         yield f"objective.caption_dropout={config.objective.caption_dropout} must be between 0 and 1"
 
@@ -337,8 +438,20 @@ def numbers_make_sense(config: RunConfig, world_size: int) -> Iterator[str]:
 # The first rule that finds a fault is the one reported: later ones may assume that earlier ones hold.
 RULES: tuple[tuple[Rule, ...], ...] = (
     (numbers_make_sense,),
-    (tensor_divides, experts_divide, heads_share, patches_fit, captions_fit, layers_fill_stages, zero_keeps_precision),
+    (
+        tensor_divides,
+        experts_divide,
+        heads_share,
+        patches_fit,
+        captions_fit,
+        layers_fill_stages,
+        schedule_composes,
+        routing_makes_sense,
+        conditioning_is_given,
+        zero_keeps_precision,
+    ),
     (batch_divides,),
+    (groups_fill_microbatches,),
 )
 
 

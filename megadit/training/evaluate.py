@@ -8,6 +8,7 @@ from torch import Tensor
 from megadit.diffusion.objective import velocity_loss
 from megadit.sampling.generate import generate
 from megadit.training.build import Run
+from megadit.training.config import images_per_group
 from megadit.training.step import prepare
 
 
@@ -34,11 +35,11 @@ def sample_pictures(run: Run) -> Tensor:
     with run.ema.swapped_in():
         return generate(
             run.pipeline,
-            run.inputs.tokenizer,
+            run.inputs.condition,
             run.inputs.heldout.prompts(run.config.log.samples),
             run.image_shape,
-            run.config.text.length,
             run.config.sample,
             run.config.run.seed,
             run.config.dtype,
+            group=images_per_group(run.config),
         )

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,16 @@ import torch.distributed as dist
 
 import megadit
 from megadit import checkpoint
+from megadit.encoders.condition import Captions
 from megadit.model.count import forward_flops
 from megadit.runtime.clock import Clock, peak_memory_gb
 from megadit.sampling.picture import save_grid
 from megadit.training.build import TOKENIZER_FILE, Run
-from megadit.training.config import CONFIG_FILE
+from megadit.training.config import CONFIG_FILE, images_per_group
 from megadit.training.evaluate import heldout_loss, sample_pictures
 from megadit.training.metrics import Recorder
 from megadit.training.state import logical_state
-from megadit.training.step import train_step
+from megadit.training.step import StepReport, Unread, read, train_step
 
 logger = logging.getLogger("megadit")
 
@@ -87,7 +89,8 @@ def prepare_directory(run: Run) -> None:
     try:
         if run.process.is_main:
             (directory / "samples").mkdir(parents=True, exist_ok=True)
-            write_whole(directory / TOKENIZER_FILE, run.inputs.tokenizer.serialized)
+            if isinstance(run.inputs.condition, Captions):
+                write_whole(directory / TOKENIZER_FILE, run.inputs.condition.tokenizer.serialized)
             write_whole(directory / CONFIG_FILE, run.config.to_yaml().encode())
     except OSError as error:
         fault = f"run.dir={directory} cannot be written: {error.strerror}"
@@ -112,30 +115,35 @@ def train(run: Run, start: int) -> None:
     """
     config, directory = run.config, run.config.directory
     recorder = Recorder(directory, start, config.run.steps, config.log.tensorboard) if run.process.is_main else None
-    flops_per_gpu = 3 * forward_flops(config.model, config.text) * config.data.global_batch / run.grid["world"].size
+    flops = forward_flops(replace(config.model, routing_group=images_per_group(config)), config.text)
+    flops_per_gpu = 3 * flops * config.data.global_batch / run.grid["world"].size
     clock = Clock()
+    unread: list[Unread] = []
     for step in range(start + 1, config.run.steps + 1):
-        report = train_step(run, step)
-        seconds = clock.lap()
-        if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
-            raise Diverged(
-                f"step {step}: loss {report.loss}, gradient norm {report.grad_norm}; lower optim.lr or optim.clip and "
-                f"start again, from the newest checkpoint in {directory}"
-            )
+        unread.append(train_step(run, step))
         last = step == config.run.steps
-        extra = {"heldout_loss": heldout_loss(run)} if _due(step, config.log.evaluate_every, last) else {}
-        if recorder is not None:
-            recorder.record(
-                report,
-                seconds=seconds,
-                images_per_second=config.data.global_batch / seconds,
-                tflops_per_gpu=flops_per_gpu / seconds / 1e12,
-                peak_memory_gb=peak_memory_gb(run.process.device),
-                **extra,
-            )
-        if _due(step, config.checkpoint.every, last):
+        evaluates = _due(step, config.log.evaluate_every, last)
+        saves, draws = _due(step, config.checkpoint.every, last), _due(step, config.log.sample_every, last)
+        if not (evaluates or saves or draws or _due(step, config.log.every, last)):
+            continue
+        reports = read(run, unread)
+        seconds = clock.lap() / len(unread)  # of one step, on average since the last look
+        unread = []
+        for report in reports:
+            check_finite(report, directory)
+            extra = {"heldout_loss": heldout_loss(run)} if evaluates and report.step == step else {}
+            if recorder is not None:
+                recorder.record(
+                    report,
+                    seconds=seconds,
+                    images_per_second=config.data.global_batch / seconds,
+                    tflops_per_gpu=flops_per_gpu / seconds / 1e12,
+                    peak_memory_gb=peak_memory_gb(run.process.device),
+                    **extra,
+                )
+        if saves:
             save(run, step)
-        if _due(step, config.log.sample_every, last):
+        if draws:
             pictures = sample_pictures(run)
             if run.process.is_main:
                 save_grid(pictures, directory / "samples" / f"step_{step:08d}.png")
@@ -143,6 +151,15 @@ def train(run: Run, start: int) -> None:
     if recorder is not None:
         recorder.close()
     logger.info("finished: %s", directory)
+
+
+def check_finite(report: StepReport, directory: Path) -> None:
+    """Raises Diverged when the step's loss or gradient is not finite."""
+    if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
+        raise Diverged(
+            f"step {report.step}: loss {report.loss}, gradient norm {report.grad_norm}; lower optim.lr or optim.clip "
+            f"and start again, from the newest checkpoint in {directory}"
+        )
 
 
 def _due(step: int, every: int, last: bool) -> bool:

@@ -60,6 +60,8 @@ class Recorder:
                     self._board.add_scalar(key, value, report.step)
             for layer, stats in report.routing.items():
                 for key, value in stats.items():
+                    if isinstance(value, list):  # of all experts: how far the busiest is from its share
+                        key, value = f"{key}_max", max(value)
                     self._board.add_scalar(f"routing/{key}/layer_{layer}", value, report.step)
         self._bar.set_postfix(loss=f"{report.loss:.4f}", grad=f"{report.grad_norm:.2f}", refresh=False)
         self._bar.update()

@@ -10,23 +10,25 @@ from torch import Tensor
 
 from megadit import checkpoint
 from megadit.diffusion.sampler import Progress
+from megadit.encoders.condition import Captions, Condition, Labels
 from megadit.encoders.tokenizer import Tokenizer
 from megadit.parallel.grid import Grid, ParallelConfig
 from megadit.parallel.pipeline.schedule import Pipeline
 from megadit.runtime.launch import Process
 from megadit.sampling.generate import SampleConfig, generate
-from megadit.training.build import TOKENIZER_FILE, build_model, build_pipeline
-from megadit.training.config import CONFIG_FILE, RunConfig, check, load_config
+from megadit.training.build import TOKENIZER_FILE, build_pipeline, build_stages, named_parameters
+from megadit.training.config import CONFIG_FILE, RunConfig, check, images_per_group, load_config
+from megadit.training.ema import Ema
 from megadit.training.state import logical_tensor
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A network that draws pictures from captions."""
+    """A network that draws pictures from prompts: captions, or numbers of classes."""
 
     config: RunConfig
     pipeline: Pipeline
-    tokenizer: Tokenizer
+    condition: Condition
     step: int  # of the checkpoint
 
     @property
@@ -35,20 +37,25 @@ class Sampler:
         model = self.config.model
         return model.channels, model.image_size, model.image_size
 
+    @property
+    def group(self) -> int:
+        """Images that are routed together, so that a batch which is not the last must be a multiple of it."""
+        return images_per_group(self.config)
+
     def draw(
         self, prompts: Sequence[str], settings: SampleConfig, seed: int, first_index: int = 0, progress: Progress = iter
     ) -> Tensor:
         """One image per prompt, [B, C, H, W]; see `generate`."""
         return generate(
             self.pipeline,
-            self.tokenizer,
+            self.condition,
             prompts,
             self.image_shape,
-            self.config.text.length,
             settings,
             seed,
             self.config.dtype,
             first_index,
+            self.group,
             progress,
         )
 
@@ -58,17 +65,36 @@ def open_sampler(directory: Path, process: Process, parallel: ParallelConfig | N
 
     Raises ValueError naming the file for a folder that holds no run or no complete checkpoint.
     """
-    config = load_config(directory / CONFIG_FILE)
+    config = as_drawn(load_config(directory / CONFIG_FILE), process.world_size, parallel or ParallelConfig())
     path = checkpoint.latest(directory / "checkpoints")
     if path is None:
         raise ValueError(f"{directory / 'checkpoints'}: no complete checkpoint; train the run first")
-    # The batch of training has no meaning here; any that fits the layout will do.
-    data = replace(config.data, global_batch=process.world_size, micro_batch=1)
-    config = replace(config, parallel=parallel or ParallelConfig(), data=data)
     grid = Grid(check(config, process.world_size), process.rank)
-    model = build_model(config, grid, process.device)
-    wanted = {f"ema.{name}": logical_tensor(parameter, grid) for name, parameter in model.named_parameters()}
-    checkpoint.load(path, wanted)
-    tokenizer = Tokenizer.load(directory / TOKENIZER_FILE)
+    stages = build_stages(config, grid, process.device)
+    named = named_parameters(stages)
+    ema = Ema(named, config.ema)  # in its own precision, which may be finer than the weights'
+    checkpoint.load(
+        path, {f"ema.{name}": logical_tensor(p, grid, flat=ema.average[name].view(-1)) for name, p in named}
+    )
+    ema.copy_to_parameters()
+    condition = open_condition(config, directory)
     step = int(checkpoint.read_manifest(path)["step"])
-    return Sampler(config, build_pipeline(config, model, grid, process.device), tokenizer, step)
+    return Sampler(config, build_pipeline(config, stages, grid, process.device), condition, step)
+
+
+def as_drawn(trained: RunConfig, world_size: int, parallel: ParallelConfig) -> RunConfig:
+    """The configuration of a training, made one of drawing on another layout."""
+    model = trained.model
+    # Without a capacity images do not compete: a group as large as a training's batch would be work for nothing.
+    apart = model.routing == "token_choice" and model.dropless
+    group = 1 if apart else images_per_group(trained)
+    # The batch of training has no other meaning here; any that fits the layout will do.
+    data = replace(trained.data, global_batch=world_size * group, micro_batch=group)
+    return replace(trained, model=replace(model, routing_group=group), data=data, parallel=parallel)
+
+
+def open_condition(config: RunConfig, directory: Path) -> Condition:
+    """What the run's prompts mean. Raises ValueError naming the tokenizer's file when it cannot be read."""
+    if config.model.conditioning == "class":
+        return Labels(config.model.classes)
+    return Captions(Tokenizer.load(directory / TOKENIZER_FILE), config.text.length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,17 +18,26 @@ from megadit.training.lr import learning_rate
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step did, on every rank alike; reading it waits for the device.
+    """What a step did, on every rank alike.
 
-    loss: mean over the global batch. grad_norm: before clipping. routing: per mixture-of-experts layer, means over
-    the ranks for the step's last microbatch.
+    loss: mean over the global batch of what is minimised, a balance loss included. grad_norm: before clipping.
+    routing: statistics of each mixture-of-experts layer by name (see `RouterStats`), means over the global batch.
     """
 
     step: int
     loss: float
     grad_norm: float
     lr: float
-    routing: dict[int, dict[str, float]]
+    routing: dict[int, dict[str, float | list[float]]]
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A step's report as it lies on the device. Reading it waits for the step, so the loop reads several at once."""
+
+    step: int
+    lr: float
+    values: Tensor  # the gradient's norm, the loss, then for each mixture-of-experts layer its statistics
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class Draws:
 
     noise_BCHW: Tensor
     normal_B: Tensor  # becomes the time
-    uniform_B: Tensor  # below objective.caption_dropout: the caption is dropped
+    uniform_B: Tensor  # below objective.caption_dropout: the caption or class is dropped
 
 
 def draw(seed: int, step: int, batch: Batch) -> Draws:
@@ -53,24 +63,25 @@ def draw(seed: int, step: int, batch: Batch) -> Draws:
 
 
 def prepare(run: Run, batch: Batch, step: int, caption_dropout: float) -> tuple[Tensor, Tensor, dict[str, object]]:
-    """(noisy images, target velocity, keyword arguments) of a batch, on the device and in the run's precision."""
+    """(noisy images, target velocity, keyword arguments) of a batch, on the device; the images in the run's dtype."""
     config, device = run.config, run.process.device
+    exact = torch.promote_types(config.dtype, torch.float32)  # bf16 would blur the times and the target
     draws = draw(config.run.seed, step, batch)
     objective = config.objective
     timesteps_B = logit_normal(draws.normal_B, objective.logit_mean, objective.logit_std, objective.shift)
     noisy_BCHW, target_BCHW = corrupt(batch.latents_BCHW, draws.noise_BCHW, timesteps_B)
-    dropped_B1 = (draws.uniform_B < caption_dropout)[:, None]
-    empty_ids_1L, empty_mask_1L = run.inputs.tokenizer.encode([""], config.text.length)
     keywords: dict[str, object] = {
-        "timesteps_B": timesteps_B.to(device, config.dtype),
-        "text_ids_BL": torch.where(dropped_B1, empty_ids_1L, batch.text_ids_BL).to(device),
-        "text_mask_BL": torch.where(dropped_B1, empty_mask_1L, batch.text_mask_BL).to(device),
+        "timesteps_B": timesteps_B.to(device, exact),
         "size": tuple(batch.latents_BCHW.shape[2:]),
     }
-    return noisy_BCHW.to(device, config.dtype), target_BCHW.to(device, config.dtype), keywords
+    dropped_B = draws.uniform_B < caption_dropout
+    for key, told in batch.condition.items():
+        dropped = dropped_B.view(-1, *[1] * (told.ndim - 1))
+        keywords[key] = torch.where(dropped, run.inputs.condition.nothing[key], told).to(device)
+    return noisy_BCHW.to(device, config.dtype), target_BCHW.to(device, exact), keywords
 
 
-def train_step(run: Run, step: int) -> StepReport:
+def train_step(run: Run, step: int) -> Unread:
     """Step `step` (from 1): a function of the parameters, the optimizer's state, run.seed and the step's number."""
     noisy_BCHW, target_BCHW, keywords = prepare(run, run.loader.batch(step), step, run.config.objective.caption_dropout)
     loss = run.pipeline.train(noisy_BCHW, target_BCHW, keywords)
@@ -78,29 +89,45 @@ def train_step(run: Run, step: int) -> StepReport:
     lr = learning_rate(run.config.optim, step, run.config.run.steps)
     grad_norm = run.engine.step(lr)
     run.ema.update(step)
-    return report(run, step, loss, grad_norm, lr)
+    return Unread(step, lr, averaged(run, loss, grad_norm))
 
 
-ROUTING = ("unpicked", "busiest", "entropy")
+SCALARS = ("picks", "unpicked", "busiest", "entropy")  # of `RouterStats`
 
 
-def report(run: Run, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> StepReport:
-    """Average over the ranks, in one all-reduce of one small vector, and read it: the host waits here."""
-    moe_layers = [layer for layer in range(run.config.model.layers) if run.config.model.is_moe(layer)]
-    values = torch.zeros(1 + len(ROUTING) * len(moe_layers), dtype=loss.dtype, device=loss.device)
+def averaged(run: Run, loss: Tensor, grad_norm: Tensor) -> Tensor:
+    """Norm, loss and routing statistics, averaged over the ranks in one all-reduce of one small vector."""
+    model = run.config.model
+    moe_layers = [layer for layer in range(model.layers) if model.is_moe(layer)]
+    length = len(SCALARS) + model.experts
+    values = torch.zeros(1 + length * len(moe_layers), dtype=loss.dtype, device=loss.device)
     values[0] = loss
-    for layer, stats in run.model.router_stats().items():
-        begin = 1 + len(ROUTING) * moe_layers.index(layer)
-        values[begin : begin + len(ROUTING)] = torch.stack([getattr(stats, key) for key in ROUTING])
+    for stage in run.stages:
+        for layer, stats in stage.take_stats(run.pipeline.num_microbatches).items():
+            begin = 1 + length * moe_layers.index(layer)
+            scalars = torch.stack([getattr(stats, key) for key in SCALARS])
+            values[begin : begin + length] = torch.cat([scalars, stats.load_E])
     # A stage fills in its own part only; the replicas along dp and tp are averaged.
-    averaged = run.grid["world"].all_reduce(values) / (run.grid["dp"].size * run.grid["tp"].size)
-    norm, mean_loss, *routing = torch.cat([grad_norm.view(1).to(averaged), averaged]).tolist()  # host sync
-    return StepReport(
-        step=step,
-        loss=mean_loss,
-        grad_norm=norm,
-        lr=lr,
-        routing={
-            layer: dict(zip(ROUTING, routing[i * len(ROUTING) :], strict=False)) for i, layer in enumerate(moe_layers)
-        },
-    )
+    values = run.grid["world"].all_reduce(values) / (run.grid["dp"].size * run.grid["tp"].size)
+    return torch.cat([grad_norm.view(1).to(values), values])
+
+
+def read(run: Run, unread: Sequence[Unread]) -> list[StepReport]:
+    """The reports of several steps; the host waits here for the last of them."""
+    model = run.config.model
+    moe_layers = [layer for layer in range(model.layers) if model.is_moe(layer)]
+    rows = torch.stack([report.values for report in unread]).tolist() if unread else []  # host sync
+    reports = []
+    for report, (grad_norm, loss, *rest) in zip(unread, rows, strict=True):
+        routing: dict[int, dict[str, float | list[float]]] = {}
+        for layer in moe_layers:
+            scalars, load, rest = (
+                rest[: len(SCALARS)],
+                rest[len(SCALARS) :][: model.experts],
+                rest[len(SCALARS) + model.experts :],
+            )
+            routing[layer] = dict(zip(SCALARS, scalars, strict=True))
+            if model.routing == "token_choice":  # expert choice loads all experts alike
+                routing[layer]["load"] = load
+        reports.append(StepReport(report.step, loss, grad_norm, report.lr, routing))
+    return reports

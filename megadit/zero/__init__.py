@@ -1,4 +1,4 @@
-"""The optimizer behind one protocol: `zero.stage=0` is plain and exact, `zero.stage=1` is DeepSpeed's.
+"""The optimizer behind one protocol: `zero.stage=0` is plain and exact, 1 and 2 are DeepSpeed's.
 
 DeepSpeed is imported only when it is asked for: it takes seconds.
 """
@@ -22,4 +22,4 @@ def create_engine(
         return ReferenceEngine(named, grid, config, decays)
     from megadit.zero.engine import ZeroEngine
 
-    return ZeroEngine(named, grid, config, decays)
+    return ZeroEngine(named, grid, config, decays, partition_gradients=stage == 2)

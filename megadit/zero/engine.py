@@ -1,22 +1,25 @@
-"""DeepSpeed ZeRO-1 under our own schedule (Rajbhandari et al., arXiv 1910.02054): the only file that imports DeepSpeed.
+"""DeepSpeed ZeRO-1 and 2 under our own schedule (arXiv 1910.02054): the only file that imports DeepSpeed.
 
 We own forward, backward and the pipeline; DeepSpeed owns the flat fp32 partitions, the reduction over the data-parallel
 group and the gathering of updated parameters. Its optimizer class is used directly, not `deepspeed.initialize`. Those
 are not public interfaces: the version is pinned, and the parity tests are the contract.
+
+The two stages differ only in when they reduce: stage 1 once, after all microbatches, stage 2 after each of them. All
+gradients are summed in fp32: those of bf16 parameters are moved to fp32 accumulators before anything is added to them.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import deepspeed
 import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils.timer import NoopTimer
-from torch import Tensor
+from torch import Tensor, nn
 
 from megadit.parallel.grid import Grid
 from megadit.parallel.placement import placement_of
@@ -36,7 +39,7 @@ def _attach_to_process_group() -> None:
 
 
 class _Optimizer(DeepSpeedZeroOptimizer):
-    """DeepSpeed's optimizer with our norm, and without its hooks: we call it after the last microbatch."""
+    """DeepSpeed's optimizer with our norm, and without its hooks: we tell it when to reduce."""
 
     def __init__(self, grid: Grid, *args: object, **kwargs: object) -> None:
         self.grid = grid
@@ -45,6 +48,21 @@ class _Optimizer(DeepSpeedZeroOptimizer):
     def create_gradient_handling_hooks(self) -> None:
         """None: a hook would reduce during the backward of every microbatch, and zero-bubble schedules bypass them."""
 
+    def _use_compact_grad_partition_buffer(self, group_idx: int) -> bool:
+        """Always: reduced gradients are added into one fp32 buffer for each group, as large as this rank's partition.
+
+        DeepSpeed does so for bf16 parameters only. Its other way keeps whole gradients of every parameter that touches
+        the partition, and adds zeros for all those that a reduction did not see.
+        """
+        return True
+
+    def partitioned_gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """(parameter, the range of its reduced gradient that lies in this rank's partition), live views."""
+        for group_idx, parameters in enumerate(self.params_in_partition):
+            # What fills up a partition belongs to no parameter, and carries a mark.
+            ranges = [g for g in self.averaged_gradients[group_idx] if not getattr(g, "_zero_padding", False)]
+            yield from zip(parameters, ranges, strict=True)
+
     def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
         """Over this rank's partitions, each element counted once.
 
@@ -52,23 +70,30 @@ class _Optimizer(DeepSpeedZeroOptimizer):
         experts and another has none.
         """
         owned = []
-        for gradients, parameters in zip(self.averaged_gradients.values(), self.params_in_partition, strict=True):
-            # Padding belongs to no parameter: some carries a mark, and what fills up a partition comes last, without.
-            real = [g for g in gradients if not getattr(g, "_zero_padding", False)]
-            assert len(real) - len(parameters) in (0, 1)
-            for gradient, parameter in zip(real, parameters, strict=False):
-                placement = placement_of(parameter)
-                if placement.is_owner(self.grid, sharded=placement.data_axes):
-                    owned.append(gradient)
+        for parameter, gradient in self.partitioned_gradients():
+            placement = placement_of(parameter)
+            if placement.is_owner(self.grid, sharded=placement.data_axes):
+                owned.append(gradient)
         return global_norm(owned, self.grid, like=self.single_partition_of_fp32_groups[0])
 
 
 class ZeroEngine:
-    """Optimizer state sharded over the data-parallel axes (experts: over edp), fp32 masters and moments."""
+    """Optimizer state sharded over the data-parallel axes (experts: over edp), fp32 masters and moments.
 
-    def __init__(self, named: NamedParameters, grid: Grid, config: OptimConfig, decays: Callable[[str], bool]) -> None:
+    With `partition_gradients` (stage 2) no whole gradient outlives the microbatch that made it.
+    """
+
+    def __init__(
+        self,
+        named: NamedParameters,
+        grid: Grid,
+        config: OptimConfig,
+        decays: Callable[[str], bool],
+        partition_gradients: bool,
+    ) -> None:
         _attach_to_process_group()
         self.named, self.grid = named, grid
+        self._arrived: set[str] = set()  # names of the parameters that have had a gradient in this step
         expert_group = f"ep_size_{grid['ep'].size}"  # DeepSpeed parses this name
         param_groups = []
         for group in group_parameters(named, config.weight_decay, decays):
@@ -94,16 +119,21 @@ class ZeroEngine:
             contiguous_gradients=True,
             reduce_scatter=True,
             reduce_bucket_size=min(numel, MAX_BUCKET),
+            # Stage 2 reduces every microbatch: each range to its owner alone, half of what an all-reduce would send.
+            use_multi_rank_bucket_allreduce=not partition_gradients,
             dp_process_group=grid["dp"].handle,
             expert_parallel_group=expert_handles,
             expert_data_parallel_group=expert_data_handles,
             clip_grad=config.clip,
             gradient_accumulation_dtype=torch.float32,
             communication_data_type=torch.float32,
-            partition_grads=False,
+            partition_grads=partition_gradients,
             has_moe_layers=has_experts,
             check_grad_overflow=False,
         )
+        # DeepSpeed does without in stage 2, and divides bf16 gradients in bf16: bits are lost unless the size of dp is
+        # a power of two.
+        self.optimizer.use_grad_accum_attribute = self.optimizer.use_separate_grad_accum
         self._create_moments()
 
     def _create_moments(self) -> None:
@@ -120,23 +150,38 @@ class ZeroEngine:
         self.optimizer._hp_optimizer_states_linked = False
         self.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def reduce_gradients(self) -> None:
-        sum_partial((parameter for _, parameter in self.named), self.grid)
-        for _, parameter in self.named:
+    def accumulate(self) -> None:
+        found = [(name, parameter) for name, parameter in self.named if parameter.grad is not None]
+        self._arrived.update(name for name, _ in found)
+        for _, parameter in found:
             # DeepSpeed copies flat views; a schedule may leave a transposed gradient.
-            assert parameter.grad is not None
-            parameter.grad = parameter.grad.contiguous()
-        self.optimizer.set_gradient_accumulation_boundary(True)
-        self.optimizer.setup_buckets()
+            parameter.grad = parameter.grad.contiguous()  # type: ignore[union-attr]
         if self.optimizer.use_grad_accum_attribute:
             self.optimizer.fill_grad_accum_attribute()
+        if self.optimizer.partition_gradients and found:
+            self._reduce_over_data()
+
+    def reduce_gradients(self) -> None:
+        self.accumulate()
+        missing = [name for name, _ in self.named if name not in self._arrived]
+        assert not missing, f"{missing[0]} has no gradient: every parameter takes part in every step"
+        self._arrived.clear()
+        if not self.optimizer.partition_gradients:
+            self._reduce_over_data()
+        # Sums commute: tensor ranks own the same ranges, so each has to bring its own only, and once for each step.
+        sum_partial(self.optimizer.partitioned_gradients(), self.grid)
+
+    def _reduce_over_data(self) -> None:
+        """Add the gradients that are there, divided by the size of dp, to the partitions of their owners."""
+        self.optimizer.setup_buckets()
         self.optimizer.reduce_gradients()
 
     def step(self, lr: float) -> Tensor:
         self.optimizer.set_lr(lr)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return self.optimizer._global_grad_norm
+        # A plain number when it is not finite and DeepSpeed has skipped the step.
+        return torch.as_tensor(self.optimizer._global_grad_norm)
 
     def fragments(self) -> list[Fragment]:
         found = []

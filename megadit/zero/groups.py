@@ -17,9 +17,11 @@ NamedParameters = Sequence[tuple[str, nn.Parameter]]
 
 @dataclass(frozen=True)
 class ZeroConfig:
-    """0: AdamW and all-reduce, in the parameters' own precision (the oracle). 1: DeepSpeed ZeRO, sharded fp32 state."""
+    """0: AdamW and all-reduce, in the parameters' own precision (the oracle). 1: DeepSpeed ZeRO, sharded fp32 state.
+    2: sharded gradients too, at the price of a reduction after every microbatch.
+    """
 
-    stage: Literal[0, 1] = 1
+    stage: Literal[0, 1, 2] = 1
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,16 @@ class Fragment:
 
 
 class Engine(Protocol):
-    """Reduces gradients and updates parameters. The order of a step: reduce_gradients, step."""
+    """Reduces gradients and updates parameters. A step: accumulate after each backward pass, reduce_gradients, step."""
+
+    def accumulate(self) -> None:
+        """After the backward pass of one microbatch of a stage: take gradients that must not pile up in `p.grad`."""
 
     def reduce_gradients(self) -> None:
-        """Sum gradients over tp where partial, then over dp (experts: edp), and divide all by the size of dp."""
+        """Sum gradients over tp where partial, then over dp (experts: edp), and divide all by the size of dp.
+
+        After the last microbatch; what is still in `p.grad` is accumulated first.
+        """
 
     def step(self, lr: float) -> Tensor:
         """Clip, update, clear the gradients. Returns the gradient's norm before clipping, a 0-dim tensor."""
@@ -92,18 +100,17 @@ class Engine(Protocol):
         """Call after loading into `fragments()`: the parameters follow the state, which has made `steps` steps."""
 
 
-def sum_partial(parameters: Iterable[nn.Parameter], grid: Grid) -> None:
+def sum_partial(gradients: Iterable[tuple[nn.Parameter, Tensor]], grid: Grid) -> None:
     """Sum over the tensor axis the gradients of parameters that saw only part of the work, in one all-reduce."""
-    partial = [p for p in parameters if p.grad is not None and "tp" in placement_of(p).partial]
+    partial = [gradient for parameter, gradient in gradients if "tp" in placement_of(parameter).partial]
     all_reduce_gradients(partial, ("tp",), grid, divide_by=1)
 
 
-def all_reduce_gradients(parameters: Sequence[nn.Parameter], axes: tuple[str, ...], grid: Grid, divide_by: int) -> None:
+def all_reduce_gradients(gradients: Sequence[Tensor], axes: tuple[str, ...], grid: Grid, divide_by: int) -> None:
     """One all-reduce of all the gradients as a flat buffer; in place."""
     group = grid["dp"] if axes == ("edp", "ep") else grid[axes[0]]
-    if not parameters or (group.size == 1 and divide_by == 1):
+    if not gradients or (group.size == 1 and divide_by == 1):
         return
-    gradients = [p.grad for p in parameters if p.grad is not None]
     flat = group.all_reduce(torch.cat([g.reshape(-1) for g in gradients]))
     flat = flat / divide_by
     for gradient, reduced in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):

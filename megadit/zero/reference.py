@@ -40,10 +40,14 @@ class ReferenceEngine:
                 **{moment: torch.zeros_like(parameter, memory_format=torch.contiguous_format) for moment in MOMENTS},
             }
 
+    def accumulate(self) -> None:
+        """Nothing: gradients pile up in `p.grad`, in the parameters' own precision."""
+
     def reduce_gradients(self) -> None:
-        sum_partial((parameter for _, parameter in self.named), self.grid)
+        sum_partial([(p, p.grad) for _, p in self.named if p.grad is not None], self.grid)
         for group in self.groups:
-            all_reduce_gradients(group.parameters, group.data_axes, self.grid, divide_by=self.grid["dp"].size)
+            gradients = [p.grad for p in group.parameters if p.grad is not None]
+            all_reduce_gradients(gradients, group.data_axes, self.grid, divide_by=self.grid["dp"].size)
 
     def step(self, lr: float) -> Tensor:
         held = [parameter for _, parameter in self.named if parameter.grad is not None]

@@ -71,6 +71,58 @@ def test_open_dataset_opens_the_file_that_data_path_names(tmp_path):
     assert dataset.corpus() == Arrays("heldout", path).corpus()
 
 
+def write_classes(path, labels):
+    """A file without captions, in which the pixels of an image equal a 64th of its label."""
+    labels = np.array(labels)
+    images = np.broadcast_to(labels.astype(np.float32).reshape(-1, 1, 1) / 64, (len(labels), *GREY))
+    np.savez(path, images=images, labels=labels)
+    return str(path)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8])
+def test_told_by_class_an_image_is_captioned_with_its_label(dtype, tmp_path):
+    path = write_classes(tmp_path / "data.npz", np.arange(COUNT, dtype=dtype) % 12)
+    seen = []
+    for split in (Arrays("train", path, "class"), Arrays("heldout", path, "class")):
+        numbers = (64 * split.images(torch.arange(len(split)))[:, 0, 0, 0]).int().tolist()
+        captions = [split.caption(i, stream(0)) for i in range(len(split))]
+        assert captions == split.corpus() == [str(number) for number in numbers]
+        assert split.prompts(len(split) + 2) == [*captions, *captions[:2]]
+        seen += numbers
+    assert sorted(seen) == sorted(i % 12 for i in range(COUNT))
+
+
+def test_a_file_may_hold_both_captions_and_labels_and_the_split_is_the_same(tmp_path):
+    path = str(tmp_path / "data.npz")
+    captions = np.array([f"number {i}" for i in range(COUNT)])
+    np.savez(path, images=numbered(GREY), captions=captions, labels=np.arange(COUNT))
+    told, by_class = Arrays("train", path), open_dataset(DataConfig(kind="arrays", path=path), "train", "class")
+    assert torch.equal(told.images_NCHW, by_class.images_NCHW)
+    assert told.corpus() == [f"number {label}" for label in by_class.corpus()]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "expected"),
+    [
+        (
+            {"captions": np.array(["a"] * 4)},
+            "labels is not a file in the archive (the arrays needed are images and labels)",
+        ),
+        ({"labels": np.arange(3)}, "labels [N] integers; got images (4, 8, 8) and labels (3,) of type int64"),
+        ({"labels": np.zeros(4)}, "labels [N] integers; got images (4, 8, 8) and labels (4,) of type float64"),
+        ({"labels": np.array(["1"] * 4)}, "labels [N] integers"),
+        ({"labels": np.zeros(4, dtype=bool)}, "labels [N] integers"),
+        ({"labels": np.array([0, 1, -2, 1])}, "labels go down to -2; classes count from 0"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused_by_file_and_key(arrays, expected, tmp_path):
+    path = str(tmp_path / "data.npz")
+    np.savez(path, images=np.zeros((4, *GREY)), **arrays)
+    with pytest.raises(ValueError) as refused:
+        Arrays("train", path, "class")
+    assert f"data.path={path}: " in str(refused.value) and expected in str(refused.value)
+
+
 def rgb(images):
     """A scan in three inks."""
     return np.stack([images, -images, images / 2], axis=1)

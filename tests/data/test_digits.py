@@ -90,3 +90,13 @@ def test_prompts_turn_through_the_digits_then_the_templates(split, digits):
     assert [named_digit(prompt) for prompt in prompts] == [i % 10 for i in range(len(prompts))]
     assert prompts[:20] == [render(template, digit) for template in templates[:2] for digit in range(10)]
     assert prompts[-3:] == prompts[:3]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_told_by_class_the_same_scans_are_captioned_with_their_digit(split, digits):
+    data, by_class = digits[split], Digits(split, "class")
+    assert torch.equal(by_class.images_NCHW, data.images_NCHW)
+    captions = [by_class.caption(index, stream(0, index)) for index in range(len(data))]
+    assert captions == [str(label) for label in data.labels_N.tolist()]
+    assert by_class.corpus() == [str(digit) for digit in range(10)]
+    assert by_class.prompts(13) == [str(i % 10) for i in range(13)]

@@ -1,13 +1,12 @@
 """Batches are a function of seed and step, and the ranks' shares are the global batch, cut."""
 
-import dataclasses
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megadit.data.loader import DataConfig, Loader, dataset_indices, open_dataset
+from megadit.encoders.condition import Captions, Labels
 from megadit.encoders.tokenizer import Tokenizer
 
 GLOBAL_BATCH = 16
@@ -25,21 +24,27 @@ def heldout():
 
 
 @pytest.fixture(scope="module")
-def tokenizer(train):
-    return Tokenizer.train(train.corpus(), 96)
+def captions(train):
+    return Captions(Tokenizer.train(train.corpus(), 96), LENGTH)
 
 
 @pytest.fixture
-def loader(tokenizer):
-    def make(dataset, rank=0, size=1, seed=0, global_batch=GLOBAL_BATCH):
-        return Loader(dataset, tokenizer, LENGTH, seed, global_batch, rank, size)
+def loader(captions):
+    def make(dataset, rank=0, size=1, seed=0, global_batch=GLOBAL_BATCH, condition=captions):
+        return Loader(dataset, condition, seed, global_batch, rank, size)
 
     return make
 
 
+def tensors(batch):
+    """All tensors of a batch, by name."""
+    assert batch.condition.keys() == {"text_ids_BL", "text_mask_BL"}
+    return {"sample_ids_B": batch.sample_ids_B, "latents_BCHW": batch.latents_BCHW, **batch.condition}
+
+
 def assert_equal(batch, other):
-    for field in dataclasses.fields(batch):
-        assert torch.equal(getattr(batch, field.name), getattr(other, field.name)), field.name
+    for name, tensor in tensors(batch).items():
+        assert torch.equal(tensor, tensors(other)[name]), name
 
 
 SIZES = st.integers(1, 40)
@@ -85,9 +90,8 @@ def test_the_ranks_batches_side_by_side_are_the_one_rank_batch(size, step, train
     whole = loader(train).batch(step)
     parts = [loader(train, rank, size).batch(step) for rank in range(size)]
     assert [len(part) for part in parts] == [GLOBAL_BATCH // size] * size
-    for field in dataclasses.fields(whole):
-        joined = torch.cat([getattr(part, field.name) for part in parts])
-        assert torch.equal(joined, getattr(whole, field.name)), field.name
+    for name, tensor in tensors(whole).items():
+        assert torch.equal(torch.cat([tensors(part)[name] for part in parts]), tensor), name
 
 
 def test_a_batch_is_the_dataset_at_its_indices(train, loader):
@@ -95,12 +99,23 @@ def test_a_batch_is_the_dataset_at_its_indices(train, loader):
     assert batch.sample_ids_B.tolist() == list(range(2 * GLOBAL_BATCH, 3 * GLOBAL_BATCH))
     assert torch.equal(batch.latents_BCHW, train.images(dataset_indices(0, 3, len(train), GLOBAL_BATCH)))
     assert batch.latents_BCHW.dtype == torch.float32
-    assert batch.text_ids_BL.shape == batch.text_mask_BL.shape == (GLOBAL_BATCH, LENGTH)
+    assert {value.shape for value in batch.condition.values()} == {(GLOBAL_BATCH, LENGTH)}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_batch_of_classes_has_the_labels_of_its_scans(rank, train, loader):
+    by_class = open_dataset(DataConfig(), "train", "class")
+    batch = loader(by_class, rank, 2, condition=Labels(10)).batch(90)
+    indices = dataset_indices(0, 90, len(train), GLOBAL_BATCH).chunk(2)[rank]
+    assert batch.condition.keys() == {"labels_B"}
+    assert batch.condition["labels_B"].tolist() == train.labels_N[indices].tolist()
+    assert batch.condition["labels_B"].unique().numel() > 1, "shows nothing"
+    assert torch.equal(batch.latents_BCHW, train.images(indices)), "the same scans as with captions"
 
 
 def test_a_caption_depends_on_seed_step_and_place_alone(train, loader):
     def captions(seed, step, global_batch):
-        return loader(train, seed=seed, global_batch=global_batch).batch(step).text_ids_BL
+        return loader(train, seed=seed, global_batch=global_batch).batch(step).condition["text_ids_BL"]
 
     # Step 1 of any global batch begins with the same samples.
     small, large = captions(0, 1, 16), captions(0, 1, 64)
@@ -113,8 +128,9 @@ def test_an_image_that_comes_twice_in_a_batch_has_two_ids_and_captions_of_its_ow
     batch = loader(train, global_batch=2 * len(train)).batch(1)
     assert batch.sample_ids_B.unique().numel() == len(batch)
     indices = dataset_indices(0, 1, len(train), 2 * len(train))
-    first = {index: ids for index, ids in zip(indices.tolist(), batch.text_ids_BL, strict=True)}
-    changed = [not torch.equal(first[i], ids) for i, ids in zip(indices.tolist(), batch.text_ids_BL, strict=True)]
+    text_ids_BL = batch.condition["text_ids_BL"]
+    first = {index: ids for index, ids in zip(indices.tolist(), text_ids_BL, strict=True)}
+    changed = [not torch.equal(first[i], ids) for i, ids in zip(indices.tolist(), text_ids_BL, strict=True)]
     # Of 14 templates, 13 in 14 captions change between the two showings.
     assert sum(changed) > 0.8 * len(train)
 

@@ -7,8 +7,16 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from megadit.model.config import ROUTING_PRESETS
 from megadit.model.count import end_flops, forward_flops, layer_flops, stage_costs
 from megadit.model.ecdit import ECDiT
+
+
+def preset_of(name):
+    """A routing preset with few experts and one dense layer; `batch` stands for the images of a microbatch."""
+    changes = ROUTING_PRESETS[name] | {"experts": 4, "capacity_factor": 2.0, "dense_first": 1}
+    return changes | ({"routing_group": 2} if changes.get("routing_group") == "batch" else {})
+
 
 CASES = {
     "experts": {},
@@ -19,6 +27,26 @@ CASES = {
     "gated": {"modulation": "gated"},
     "all_heads": {"kv_heads": 4},
     "narrow_experts_and_wide_patches": {"ffn_ratio": 2, "patch": 4},
+    "swiglu": {"feedforward": "swiglu"},
+    "expert_ratio": {"expert_ratio": 1.5},
+    "shared_expert": {"shared_experts": 1},
+    "shared_experts": {"shared_experts": 2, "shared_ratio": 0.5, "feedforward": "swiglu"},
+    "shared_experts_as_experts": {"shared_experts": 3, "expert_ratio": 0.75},
+    "timestep_router": {"router_input": "timestep"},
+    "routing_dense": {"routing": "dense"},
+    "dense_first": {"dense_first": 2, "moe_every": 1},
+    "capacity_overrides": {"capacity_overrides": {1: 0.5, 3: 1.0}},
+    "token_choice": {"routing": "token_choice", "capacity_factor": 1.0},
+    "balanced": {"routing": "token_choice", "balance_loss": 0.1, "balance_counts": "first"},
+    "odd_capacity_of_a_choice": {"routing": "token_choice", "capacity_factor": 1.0, "experts": 3, "top_k": 1},
+    "token_choice_overrides": {"routing": "token_choice", "top_k": 1, "capacity_overrides": {3: 0.5}},
+    "dropless": {"routing": "token_choice", "dropless": True, "top_k": 3},
+    "groups": {"routing_group": 3, "experts": 5, "capacity_factor": 1.0},
+    "groups_of_token_choice": {"routing_group": 6, "routing": "token_choice", "experts": 5, "capacity_factor": 1.0},
+    "dropless_groups": {"routing_group": 2, "routing": "token_choice", "dropless": True},
+    "normalised": {"normalise_gates": True, "route_scale": 2.5, "gate": "sigmoid"},
+    "classes": {"conditioning": "class", "classes": 3},
+    **{preset: preset_of(preset) for preset in ROUTING_PRESETS},
 }
 
 
@@ -35,10 +63,13 @@ def count(text, region, grid, filled):
         if layers.start > 0:
             widths = (images, config.tokens, config.width), (images, config.width), (images, text.length, text.width)
             carry = [torch.ones(*shape).double() for shape in widths]
-        times = torch.full((images,), 0.5).double()
+        captions = {"text_ids_BL": ids, "text_mask_BL": ids > 0}
+        labels = {"labels_B": torch.zeros(images, dtype=torch.int64)}
+        keywords = {"timesteps_B": torch.full((images,), 0.5).double(), "size": size}
+        keywords |= captions if config.conditioning == "text" else labels
         # The counter knows matrix products, not the fused attention of a CPU: the plain one is made of products.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            out = stage(*carry, timesteps_B=times, text_ids_BL=ids, text_mask_BL=ids > 0, size=size)
+            out = stage(*carry, **keywords)
             if backward:
                 out.sum().backward()
         return counter.get_total_flops()
@@ -46,11 +77,29 @@ def count(text, region, grid, filled):
     return run
 
 
+def images_of(config):
+    """The fewest images that can be routed."""
+    return config.routing_group if isinstance(config.routing_group, int) else 1
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_forward_flops_are_what_torch_counts(count, config, text, case):
     config = replace(config, **CASES[case])
-    assert forward_flops(config, text) == count(config)
-    assert 3 * forward_flops(config, text) == count(config, images=3)
+    images = 2 * images_of(config)
+    assert images * forward_flops(config, text) == count(config, images=images)
+
+
+@pytest.mark.parametrize("case", ["shared_experts", "groups", "token_choice", "dropless", "timestep_router"])
+@pytest.mark.parametrize("layer", [1, 3])
+def test_a_layer_of_experts_costs_what_torch_counts(count, config, text, layer, case):
+    config = replace(config, **CASES[case], layers=5)
+    images = images_of(config)
+    assert images * layer_flops(config, text, layer) == count(config, range(layer, layer + 1), images=images)
+
+
+def test_cost_of_a_group_must_be_known(config, text):
+    with pytest.raises(AssertionError, match="number of images"):
+        forward_flops(replace(config, routing_group="batch"), text)
 
 
 @pytest.mark.parametrize("layers", [0, 3])

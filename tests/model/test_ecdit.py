@@ -8,11 +8,22 @@ import torch
 from megadit.model.ecdit import ECDiT
 
 IDS = torch.tensor([[2, 7, 8, 3, 0, 0], [2, 3, 0, 0, 0, 0]])
+BALANCED = {"routing": "token_choice", "balance_loss": 0.1}
+CLASSES = {"conditioning": "class", "classes": 3}
+# name: (changes of the configuration, shapes of what a stage hands on)
+X, COND, TEXT, BALANCE = (2, 16, 32), (2, 32), (2, 6, 16), (1,)
+MODELS = {
+    "ungated": ({"modulation": "scale_shift"}, [X, COND, TEXT]),
+    "gated": ({"modulation": "gated"}, [X, COND, TEXT]),
+    "balanced": (BALANCED, [X, COND, TEXT, BALANCE]),
+    "classes": (CLASSES, [X, COND]),
+    "balanced_classes": (BALANCED | CLASSES, [X, COND, BALANCE]),
+}
 
 
 @pytest.fixture
 def build(config, text, region, grid, filled):
-    def stage(layers, recompute=False, **changes):
+    def stage(layers, recompute="none", **changes):
         return filled(ECDiT(replace(config, **changes), text, layers, region, grid["ep"], recompute))
 
     return stage
@@ -20,57 +31,125 @@ def build(config, text, region, grid, filled):
 
 @pytest.fixture
 def inputs(randn):
-    """The image and the keyword arguments."""
+    """The image and the keyword arguments, captions and classes."""
     times = torch.tensor([0.3, 0.9], dtype=torch.float64)
-    return randn(2, 3, 8, 8), {"timesteps_B": times, "text_ids_BL": IDS, "text_mask_BL": IDS != 0, "size": (8, 8)}
+    captions = {"text_ids_BL": IDS, "text_mask_BL": IDS != 0}
+    return randn(2, 3, 8, 8), {"timesteps_B": times, "size": (8, 8), "labels_B": torch.tensor([2, 3])} | captions
 
 
-@pytest.mark.parametrize("modulation", ["scale_shift", "gated"])
+def tensors(out):
+    return out if isinstance(out, tuple) else (out,)
+
+
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("cuts", [(0, 2, 4), (0, 1, 4), (0, 1, 2, 3, 4)])
-def test_chained_stages_are_the_network(build, inputs, cuts, modulation):
-    image, keywords = inputs
-    whole = build(range(4), modulation=modulation)
-    stages = [build(range(*ends), modulation=modulation) for ends in zip(cuts, cuts[1:], strict=False)]
+def test_chained_stages_are_the_network(build, inputs, cuts, model):
+    (image, keywords), (changes, shapes) = inputs, MODELS[model]
+    whole = build(range(4), **changes)
+    stages = [build(range(*ends), **changes) for ends in zip(cuts, cuts[1:], strict=False)]
     carry = (image,)
     for stage in stages[:-1]:
         carry = stage(*carry, **keywords)
-        assert [part.shape for part in carry] == [(2, 16, 32), (2, 32), (2, 6, 16)]
-    velocity = stages[-1](*carry, **keywords)
-    assert velocity.shape == image.shape
-    assert torch.equal(velocity, whole(image, **keywords))
+        assert [part.shape for part in carry] == shapes
+    outputs = tensors(stages[-1](*carry, **keywords))
+    assert [part.shape for part in outputs] == [image.shape, *[(1,)] * (BALANCE in shapes)]
+    for part, wanted in zip(outputs, tensors(whole(image, **keywords)), strict=True):
+        assert torch.equal(part, wanted)
     names = [name for stage in stages for name, _ in stage.named_parameters()]
     assert len(set(names)) == len(names)
     assert set(names) == {name for name, _ in whole.named_parameters()}
 
 
-def test_router_stats_are_under_the_global_layer(build, inputs):
+def test_the_balance_loss_is_the_sum_over_layers(build, inputs):
+    """Whoever trains weighs it; half precision does not carry it."""
+    image, keywords = inputs
+    network = build(range(4), **BALANCED)
+    found = []
+    for block in (network.blocks["1"], network.blocks["3"]):
+        block.register_forward_hook(lambda _block, _args, out: found.append(out[1].balance))
+    _, balance = network(image, **keywords)
+    assert len(found) == 2 and torch.equal(balance, found[0] + found[1])
+    assert build(range(4), routing="token_choice")(image, **keywords).shape == image.shape
+    stage, keywords["timesteps_B"] = build(range(1), **BALANCED).to(torch.bfloat16), torch.tensor([0.3, 0.9])
+    carry = stage(image.bfloat16(), **keywords)
+    assert [part.dtype for part in carry] == [torch.bfloat16] * 3 + [torch.float32]
+
+
+def test_statistics_are_under_the_global_layer_and_given_once(build, inputs):
     image, keywords = inputs
     first, last = build(range(3)), build(range(3, 4))
-    assert first.router_stats() == {}
+    assert first.take_stats(1) == {}
     last(*first(image, **keywords), **keywords)
-    assert list(first.router_stats()) == [1] and list(last.router_stats()) == [3]
-    assert 0 < last.router_stats()[3].entropy.item() <= 1
+    stats = [stage.take_stats(1) for stage in (first, last)]
+    assert [list(of_stage) for of_stage in stats] == [[1], [3]]
+    assert 0 < stats[1][3].entropy.item() <= 1
+    assert [stage.take_stats(1) for stage in (first, last)] == [{}, {}]
 
 
-def test_every_input_matters_and_images_do_not_mix(build, inputs):
+def test_statistics_are_means_over_the_last_training_forwards(build, inputs, randn):
+    """A schedule's forward to learn shapes comes before them; sampling and evaluation are not among them."""
     image, keywords = inputs
-    network = build(range(4))
+    network, images = build(range(4), capacity_factor=0.5), [image, randn(2, 3, 8, 8), randn(2, 3, 8, 8)]
+    each = []
+    for noisy in images:
+        network(noisy, **keywords)
+        each.append(network.take_stats(1))
+    for noisy in images:
+        network(noisy, **keywords)
+    with torch.no_grad():
+        network(100 * image, **keywords)
+    means = network.take_stats(2)
+    assert list(means) == [1, 3]
+    for layer, stats in means.items():
+        for name, value in stats._asdict().items():
+            wanted = (getattr(each[1][layer], name) + getattr(each[2][layer], name)) / 2
+            torch.testing.assert_close(value, wanted, rtol=1e-14, atol=0)
+    assert means[1].entropy != each[0][1].entropy
+
+
+@pytest.mark.parametrize("model", ["gated", "classes"])
+def test_every_input_matters_and_images_do_not_mix(build, inputs, model):
+    image, keywords = inputs
+    network = build(range(4), **MODELS[model][0])
     velocity = network(image, **keywords)
-    for key, other in {"timesteps_B": torch.tensor([0.3, 0.1]).double(), "text_ids_BL": IDS.clamp_max(5)}.items():
-        assert (network(image, **(keywords | {key: other})) - velocity).abs().max() > 1e-3
+    others = {"timesteps_B": torch.tensor([0.3, 0.1]).double(), "text_ids_BL": IDS.clamp_max(5)}
+    others |= {"labels_B": torch.tensor([2, 1]), "text_mask_BL": IDS > 2}
+    unread = ["text_ids_BL", "text_mask_BL"] if model == "classes" else ["labels_B"]
+    for key, other in others.items():
+        change = (network(image, **(keywords | {key: other})) - velocity).abs().max()
+        assert change == 0 if key in unread else change > 1e-3, key
     changed = network(torch.stack([image[0], -image[1]]), **keywords)
     torch.testing.assert_close(changed[0], velocity[0], rtol=0, atol=1e-13)
     assert (changed[1] - velocity[1]).abs().max() > 1e-3
 
 
-def test_recomputing_changes_no_gradient(build, inputs):
+@pytest.mark.parametrize("recompute", ["block", "moe"])
+@pytest.mark.parametrize("model", MODELS)
+def test_recomputing_changes_no_gradient(build, inputs, model, recompute):
     image, keywords = inputs
     gradients = []
-    for recompute in (False, True):
-        network = build(range(4), recompute)
-        network(image, **keywords).square().sum().backward()
+    for how in ("none", recompute):
+        network = build(range(4), how, **MODELS[model][0])
+        sum(part.square().sum() for part in tensors(network(image, **keywords))).backward()
         gradients.append({name: parameter.grad for name, parameter in network.named_parameters()})
+        assert all(stats.picks.isfinite() for stats in network.take_stats(1).values())
     plain, recomputed = gradients
     for name, gradient in plain.items():
         assert gradient.norm() > 0, name
         assert torch.equal(recomputed[name], gradient), name
+
+
+@pytest.mark.parametrize("recompute", ["none", "block", "moe"])
+def test_only_what_is_recomputed_runs_twice(build, inputs, recompute):
+    image, keywords = inputs
+    network, runs = build(range(4), recompute), []
+    for name, module in network.named_modules():
+        if name.split(".")[-1] in ("attention", "experts"):
+            module.register_forward_hook(lambda module, *_: runs.append(type(module).__name__))
+    with torch.no_grad():
+        network(image, **keywords)
+    assert (runs.count("SelfAttention"), runs.count("Experts")) == (4, 2)
+    runs.clear()
+    network(image, **keywords).sum().backward()
+    twice = {"none": (4, 2), "block": (8, 4), "moe": (4, 4)}
+    assert (runs.count("SelfAttention"), runs.count("Experts")) == twice[recompute]

@@ -1,6 +1,7 @@
 """Patches, positions and times against loops and against diffusers."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_embedding_is_patches_and_positions_and_a_time_network(config, text, reg
         torch.tensor([0.2, 0.7]).double(),
     )
     ids, mask = torch.tensor([[2, 7, 3], [2, 3, 0]]), torch.tensor([[True] * 3, [True, True, False]])
-    x, cond, states = embedding(image, times, ids, mask)
+    x, cond, states = embedding(image, times, ids, mask, None)
     positions = sincos_positions(size[0] // 2, size[1] // 2, 32, scale, CPU)
     expected = patchify(image, 2) @ embedding.patch.weight.T + embedding.patch.bias + positions
     torch.testing.assert_close(x, expected, rtol=0, atol=1e-13)
@@ -85,6 +86,23 @@ def test_embedding_is_patches_and_positions_and_a_time_network(config, text, reg
     expected = hidden @ embedding.time_out.weight.T + embedding.time_out.bias
     torch.testing.assert_close(cond, expected, rtol=0, atol=1e-13)
     assert torch.equal(states, embedding.text(ids, mask))
+
+
+def test_a_class_is_added_to_the_time(config, text, region, filled, randn):
+    """As DiT does, with one class more, which stands for none."""
+    config = replace(config, conditioning="class", classes=5)
+    embedding, image = filled(Embedding(config, text, region)), randn(3, 3, 8, 8)
+    times, labels = torch.tensor([0.2, 0.7, 0.7]).double(), torch.tensor([4, 0, 5])
+    assert embedding.labels.shape == (6, 32)
+    assert not any(name.startswith("text") for name, _ in embedding.named_parameters())
+    x, cond = embedding(image, times, None, None, labels)
+    hidden = F.silu(time_features(times) @ embedding.time_in.weight.T + embedding.time_in.bias)
+    expected = hidden @ embedding.time_out.weight.T + embedding.time_out.bias + embedding.labels[labels]
+    torch.testing.assert_close(cond, expected, rtol=0, atol=1e-13)
+    captioned = filled(Embedding(replace(config, conditioning="text"), text, region))
+    assert captioned.labels is None
+    ids = torch.tensor([[2, 3]] * 3)
+    assert torch.equal(captioned(image, times, ids, ids > 0, None)[0], x)
 
 
 def test_head_modulates_and_puts_patches_in_their_places(config, region, filled, randn):

@@ -13,25 +13,41 @@ from megadit.parallel.init import initialise
 
 ZERO = ["*.bias", "*modulation.linear.weight", "head.linear.weight"]
 ONE = ["*.q_norm.weight", "*.k_norm.weight", "*.attention_norm.weight", "*.feedforward_norm.weight", "*.norm.weight"]
-SMALL = ["embed.text.tokens", "embed.text.positions", "embed.time_in.weight", "embed.time_out.weight"]
+SMALL = ["embed.text.tokens", "embed.text.positions", "embed.time_in.weight", "embed.time_out.weight", "embed.labels"]
 INTO_THE_STREAM = ["blocks.*.out.weight", "blocks.*.down.weight", "blocks.*.experts.down"]
-NO_DECAY = ["*.bias", *ONE, "embed.text.tokens", "embed.text.positions"]
+NO_DECAY = ["*.bias", *ONE, "embed.text.tokens", "embed.text.positions", "embed.labels"]
+# Changes of the configuration, and how many parameters start at random: the two ends, a block's attention, and
+# feed-forward layers, of which a mixture has a router and perhaps shared ones.
+TEXT_END, TIME_END, ATTENTION = 2 + 4 * 2, 1 + 2, 4
+MODELS = {
+    "text": ({}, TEXT_END + TIME_END + 4 * (2 * ATTENTION + 2) + 2),
+    "classes": ({"conditioning": "class", "classes": 40}, 1 + TIME_END + 4 * (ATTENTION + 2) + 2),
+    "nucleus": (
+        {"feedforward": "swiglu", "shared_experts": 2, "router_input": "timestep", "expert_ratio": 2.0},
+        TEXT_END + TIME_END + 4 * (2 * ATTENTION + 3) + 2 * (1 + 3),
+    ),
+}
 
 
 def matches(name, patterns):
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
+@pytest.fixture(scope="module", params=MODELS)
+def kind(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def fresh(config, text, region, grid):
+def fresh(kind, config, text, region, grid):
     """A model with biases everywhere, as training starts it."""
-    config = replace(config, bias=True)
+    config = replace(config, bias=True, **MODELS[kind][0])
     model = ECDiT(config, text, range(config.layers), region, grid["ep"]).to(torch.float64)
     initialise(model.named_parameters(), grid, 0, lambda name: init_of(name, config))
     return model
 
 
-def test_every_parameter_starts_as_its_kind_does(fresh):
+def test_every_parameter_starts_as_its_kind_does(fresh, kind):
     random = 0
     for name, value in fresh.named_parameters():
         if matches(name, ZERO):
@@ -46,20 +62,21 @@ def test_every_parameter_starts_as_its_kind_does(fresh):
             error = 5 / math.sqrt(value.numel())  # five deviations of the mean; more of the deviation
             assert value.std().item() == pytest.approx(std, rel=error), name
             assert abs(value.mean().item()) < error * std, name
-    # In each block seven attention matrices and an out, twice; two of the feed-forward; a router every second block.
-    assert random == len(SMALL) + 1 + 2 * 4 + 4 * (4 + 4 + 2) + 2
+    assert random == MODELS[kind][1]
 
 
 def test_projections_are_uniform_within_glorots_bound(fresh):
     weight = fresh.blocks["1"].feedforward.experts.up
-    bound = math.sqrt(6 / (32 + 128))
+    bound = math.sqrt(6 / (weight.shape[1] + weight.shape[2]))
+    assert weight.shape[1] == 32
     assert 0.99 * bound < weight.abs().max().item() <= bound
 
 
 def test_a_fresh_model_predicts_no_velocity(fresh, randn):
     image, ids = randn(2, 3, 8, 8), torch.tensor([[2, 3], [2, 3]])
     times = torch.tensor([0.2, 0.7], dtype=torch.float64)
-    velocity = fresh(image, timesteps_B=times, text_ids_BL=ids, text_mask_BL=ids > 0, size=(8, 8))
+    inputs = {"text_ids_BL": ids, "text_mask_BL": ids > 0, "labels_B": torch.tensor([0, 40])}
+    velocity = fresh(image, timesteps_B=times, size=(8, 8), **inputs)
     assert torch.all(velocity == 0)
 
 
@@ -67,5 +84,6 @@ def test_norms_biases_and_embeddings_do_not_decay(fresh):
     names = [name for name, _ in fresh.named_parameters()]
     assert [name for name in names if not decays(name)] == [name for name in names if matches(name, NO_DECAY)]
     kept = {"embed.patch.weight", "head.linear.weight", "blocks.0.modulation.linear.weight"}
-    kept |= {"blocks.1.feedforward.router.weight", "blocks.1.feedforward.experts.up", "embed.text.layers.0.qkv.weight"}
+    kept |= {"blocks.1.feedforward.router.weight", "blocks.1.feedforward.experts.up", "blocks.0.attention.q.weight"}
+    kept |= {name for name in names if ".shared." in name and not name.endswith(".bias")}
     assert kept <= {name for name in names if decays(name)}

@@ -73,6 +73,25 @@ def held_by(rank, contiguous):
     return x if contiguous else x.transpose(0, 2)
 
 
+def rows_between(source, destination):
+    """How many rows one rank sends to another: uneven, and none on some ways."""
+    return (3 * source + 2 * destination) % 4
+
+
+def exchange_ragged(group, members, rank, contiguous):
+    """(what the group's exchange of uneven parts gives, what it should): each rank's rows, cut into parts in order."""
+
+    def parts(source):
+        rows = [rows_between(source, member) for member in members]
+        x = held_by(source, contiguous).repeat(4, 1, 1)[: sum(rows)]
+        return x, rows
+
+    x, sent = parts(rank)
+    received = [rows_between(member, rank) for member in members]
+    arriving = [x.split(rows)[members.index(rank)] for x, rows in map(parts, members)]
+    return group.all_to_all_ragged(x, sent, received), torch.cat(arriving), x
+
+
 def collectives(rank, world_size, layout):
     """The faults of this rank's groups, as text."""
     grid, faults = Grid(layout, rank), []
@@ -87,6 +106,11 @@ def collectives(rank, world_size, layout):
             results[f"all_gather {dim}"] = group.all_gather(x, dim), torch.cat(inputs, dim)
             results[f"reduce_scatter {dim}"] = group.reduce_scatter(x, dim), total.chunk(size, dim)[place]
             results[f"split {dim}"] = group.split(x, dim), x.chunk(size, dim)[place]
+        ragged, uneven, sent = exchange_ragged(group, members, rank, contiguous)
+        if not torch.equal(ragged, uneven):
+            faults.append(f"all_to_all_ragged over {name}, contiguous={contiguous}: wrong result")
+        if (ragged is sent) != (size == 1) or not (size == 1 or ragged.is_contiguous()):
+            faults.append(f"all_to_all_ragged over {name}, contiguous={contiguous}: wrong tensor")
         for operation, (found, expected) in results.items():
             where = f"{operation} over {name}, contiguous={contiguous}"
             if not torch.equal(found, expected):

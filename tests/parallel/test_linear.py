@@ -77,6 +77,29 @@ def test_cut_layers_compute_what_whole_layers_do(region_of, bias):
     run_ranks(agree, 2, region_of, bias)
 
 
+def share(rank, world_size, region_of):
+    """Shares that leave together are what leaves of each alone: one sum over the ranks, not two."""
+    grid = Grid(Layout(1, 1, 1, world_size), rank)
+    region = region_of(grid["tp"])
+    layers = [start(RowParallelLinear(8, 6, region, bias), grid) for bias in (False, True)]
+    x_BTF = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+    whole = grid["tp"].all_gather(x_BTF, 2)
+    alone = Place(*layouts_of(1), 0)
+    weights = [start(RowParallelLinear(8, 6, ReplicatedTokens(alone["tp"]), False), alone).weight] * 2
+    shares = [layer.share(x_BTF) for layer in layers]
+    assert shares[0].shape == (2, 4, 6)
+    expected = region.split_tokens(sum(whole @ weight.T for weight in weights))
+    torch.testing.assert_close(region.leave(sum(shares)), expected, rtol=1e-12, atol=1e-12)
+    for layer, mine in zip(layers, shares, strict=True):
+        left = region.leave(mine) + (0 if layer.bias is None else layer.bias)
+        torch.testing.assert_close(layer(x_BTF), left, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("region_of", REGIONS)
+def test_a_share_is_what_leaves_before_the_bias(region_of):
+    run_ranks(share, 2, region_of)
+
+
 @pytest.mark.parametrize(("region_of", "partial"), [(ReplicatedTokens, ()), (CutTokens, ("tp",))])
 def test_the_tags_say_what_is_cut_and_which_gradients_are_parts(region_of, partial):
     layers = Layers(region_of(Group(None, 2, 0)), bias=True)

@@ -55,6 +55,10 @@ def pairs(rank, world_size, region_of):
             (lambda grads: part(grads[rank], rank, 1)) if is_cut else (lambda grads: grads[rank]),
         ),
     }
+    # Of a sum over the tokens that a rank holds: where it holds all, it is the sum already.
+    expected["sum_tokens"] = (sum_x if is_cut else x[rank], lambda grads: grads[rank])
+    # Of an entered tensor, whose gradient is summed over the ranks: work that all of them repeat counts once.
+    expected["count_once"] = (x[rank], lambda grads: grads[rank] / (1 if is_cut else RANKS))
     mappings = {name: getattr(region, name) for name in expected}
     # The entrance of replicated tensors is the same in both regions.
     mappings["plain enter"], expected["plain enter"] = lambda x: enter(x, group), (x[rank], sum)
@@ -78,12 +82,12 @@ def test_each_pair_is_the_collective_that_its_name_says(region_of):
     assert run_ranks(pairs, RANKS, region_of) == [[]] * RANKS
 
 
-WEIGHTS = {"modulation": (6, 6), "up": (8, 6), "down": (6, 8), "bias": (6,)}
+WEIGHTS = {"modulation": (6, 6), "up": (8, 6), "down": (6, 8), "bias": (6,), "router": (1, 6)}
 CUT_DIM = {"modulation": 0, "up": 0, "down": 1}
 
 
 def network(x_BTD, cond_BD, weights, region, group):
-    """Modulate, two layers, a bias and a residual, as a block does; region None: uncut."""
+    """Modulate, a router, two layers, a bias and a sum, as a block does; region None: uncut."""
 
     def through(name, value):
         return value if region is None else getattr(region, name)(value)
@@ -91,9 +95,13 @@ def network(x_BTD, cond_BD, weights, region, group):
     x_BTD = through("split_tokens", x_BTD)
     cond_BD = cond_BD if region is None else enter(cond_BD, group)
     scale_BD = through("gather_features", F.linear(cond_BD, weights["modulation"]))
-    hidden_BTF = F.gelu(F.linear(through("enter", x_BTD * scale_BD[:, None]), weights["up"]))
-    x_BTD = x_BTD + through("leave", F.linear(hidden_BTF, weights["down"])) + weights["bias"]
-    return through("collect_tokens", x_BTD.tanh())
+    x_BTD = x_BTD * scale_BD[:, None]
+    # As a router does: it reads tokens between the layers and the conditioning, and all tokens' scores add up.
+    score_BT = F.linear(x_BTD, weights["router"])[..., 0] + through("count_once", cond_BD).sum(1, keepdim=True)
+    total_B = through("sum_tokens", score_BT.sigmoid().sum(1))
+    hidden_BTF = F.gelu(F.linear(through("enter", x_BTD), weights["up"]))
+    x_BTD = x_BTD * score_BT[..., None] + through("leave", F.linear(hidden_BTF, weights["down"])) + weights["bias"]
+    return through("collect_tokens", x_BTD.tanh()) * total_B[:, None, None]
 
 
 def problem(region, group, rank):
@@ -112,7 +120,7 @@ def cut_network(rank, world_size, region_of):
     group = Grid(Layout(1, 1, 1, world_size), rank)["tp"]
     out, grads = problem(region_of(group), group, rank)
     if "tp" in region_of.partial:
-        grads["bias"] = group.all_reduce(grads["bias"])
+        grads |= {name: group.all_reduce(grads[name]) for name in ("bias", "router")}
     expected_out, expected = problem(None, None, 0)
     torch.testing.assert_close(out, expected_out, rtol=1e-12, atol=1e-12)
     for name, grad in grads.items():

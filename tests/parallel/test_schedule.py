@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from megadit.parallel.grid import Grid, Group, Layout
-from megadit.parallel.pipeline.schedule import Pipeline
+from megadit.parallel.pipeline.partition import partition, stage_indices
+from megadit.parallel.pipeline.schedule import SCHEDULES, Pipeline
 from tests.ranks import run_ranks
 
 MICROBATCHES = 4
@@ -16,7 +17,7 @@ def numbers(seed, *shape):
 
 
 class Network(nn.Module):
-    """Layers 0 and 1, or one of them; hands on two tensors and is told two things by keyword."""
+    """Some of four layers; hands on two tensors and is told two things by keyword."""
 
     def __init__(self, layers):
         super().__init__()
@@ -30,7 +31,7 @@ class Network(nn.Module):
         origin = x if origin is None else origin
         for linear in self.layers.values():
             x = (linear(x) * scale[:, None]).sin() + x
-        return x + origin**power if "1" in self.layers else (x.contiguous(), origin.contiguous())
+        return x + origin**power if "3" in self.layers else (x.contiguous(), origin.contiguous())
 
 
 def loss_of(output, target):
@@ -41,15 +42,17 @@ def keywords_of(samples):
     return {"scale": numbers(3, samples).abs(), "power": 2}
 
 
-def pipeline_of(rank, world_size):
+def pipeline_of(rank, world_size, schedule):
     group = Grid(Layout(world_size, 1, 1, 1), rank)["pp"]
-    layers = range(2) if world_size == 1 else [rank]
-    return Pipeline(Network(layers), group, torch.device("cpu"), MICROBATCHES, loss_of)
+    per_rank = 1 if schedule == "1f1b" else 2
+    layers = partition([1.0] * 4, world_size * per_rank)
+    stages = [Network(layers[index]) for index in stage_indices(schedule, rank, world_size, per_rank)]
+    return Pipeline(stages, group, torch.device("cpu"), MICROBATCHES, loss_of, schedule)
 
 
-def train_several_shapes(rank, world_size):
+def train_several_shapes(rank, world_size, schedule):
     """Each shape twice and interleaved; gradients add up over calls, as over microbatches."""
-    pipeline, whole = pipeline_of(rank, world_size), Network(range(2))
+    pipeline, whole = pipeline_of(rank, world_size, schedule), Network(range(4))
     for samples in (4, 8, 4, 12, 8):
         batch, target, keywords = numbers(4, samples, 5), numbers(5, samples, 5), keywords_of(samples)
         total = pipeline.train(batch, target, keywords)
@@ -58,19 +61,21 @@ def train_several_shapes(rank, world_size):
         shown = expected.detach() if pipeline.is_last else torch.zeros_like(expected)
         torch.testing.assert_close(total, shown, rtol=1e-12, atol=0)
         assert not total.requires_grad
-        for layer, linear in pipeline.stage.layers.items():
+        layers = {layer: linear for stage in pipeline.stages for layer, linear in stage.layers.items()}
+        for layer, linear in layers.items():
             for name, parameter in linear.named_parameters():
                 grad = getattr(whole.layers[layer], name).grad
                 torch.testing.assert_close(parameter.grad, grad, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_microbatches_of_several_shapes_in_turn_add_up_to_the_whole_batch(world_size):
-    run_ranks(train_several_shapes, world_size)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_microbatches_of_several_shapes_in_turn_add_up_to_the_whole_batch(schedule, world_size):
+    run_ranks(train_several_shapes, world_size, schedule)
 
 
-def forward_several_shapes(rank, world_size):
-    pipeline, whole = pipeline_of(rank, world_size), Network(range(2))
+def forward_several_shapes(rank, world_size, schedule):
+    pipeline, whole = pipeline_of(rank, world_size, schedule), Network(range(4))
     for samples in (1, 3, 4, 2, 5, 1):
         batch, keywords = numbers(4, samples, 5), keywords_of(samples)
         kept = batch.clone()
@@ -79,29 +84,30 @@ def forward_several_shapes(rank, world_size):
         torch.testing.assert_close(out, whole(batch, **keywords).detach(), rtol=1e-12, atol=1e-12)
         assert torch.equal(batch, kept)
         assert len(keywords["scale"]) == samples
-    assert all(parameter.grad is None for parameter in pipeline.stage.parameters())
+    assert all(parameter.grad is None for stage in pipeline.stages for parameter in stage.parameters())
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_every_rank_gets_the_outputs_of_a_batch_that_does_not_fill_the_stages(world_size):
-    run_ranks(forward_several_shapes, world_size)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_rank_gets_the_outputs_of_a_batch_that_does_not_fill_the_stages(schedule, world_size):
+    run_ranks(forward_several_shapes, world_size, schedule)
 
 
-def forward_strided(rank, world_size):
-    pipeline, keywords = pipeline_of(rank, world_size), keywords_of(4)
+def forward_strided(rank, world_size, schedule):
+    pipeline, keywords = pipeline_of(rank, world_size, schedule), keywords_of(4)
     strided = numbers(4, 5, 4).T
     assert not strided.is_contiguous()
     out = pipeline.forward(strided, keywords)
-    expected = Network(range(2))(strided, **keywords).detach()
+    expected = Network(range(4))(strided, **keywords).detach()
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_batch_with_other_strides_gives_the_same_outputs():
-    run_ranks(forward_strided, 2)
+    run_ranks(forward_strided, 2, "1f1b")
 
 
 def test_a_keyword_that_requires_gradients_is_refused():
-    pipeline = Pipeline(Network(range(2)), Group(None, 1, 0), torch.device("cpu"), MICROBATCHES, loss_of)
+    pipeline = Pipeline([Network(range(4))], Group(None, 1, 0), torch.device("cpu"), MICROBATCHES, loss_of)
     keywords = keywords_of(4) | {"scale": torch.ones(4, dtype=torch.float64, requires_grad=True)}
     with pytest.raises(ValueError, match="keyword argument scale requires gradients"):
         pipeline.train(numbers(4, 4, 5), numbers(5, 4, 5), keywords)

@@ -3,8 +3,9 @@
 import pytest
 
 from megadit.training.metrics import METRICS_FILE, read_metrics
-from tests.parity.layouts import CONFIG
 from tests.ranks import train_on
+
+CONFIG = "tests/configs/tiny.yaml"
 
 
 @pytest.mark.drill

@@ -4,7 +4,8 @@ import itertools
 
 import torch
 
-from megadit.runtime.seed import stream
+from megadit.runtime.seed import stream, use_deterministic_kernels
+from tests.ranks import run_ranks
 
 
 def draw(seed, *keys):
@@ -43,3 +44,24 @@ def test_the_streams_never_change():
         0.3272343385525477,
         -2.189262038021146,
     ]
+
+
+def refused(rank, world_size):
+    """What an operation without a deterministic kernel says, before and after."""
+    words = []
+    for prepare in (lambda: None, use_deterministic_kernels):
+        prepare()
+        try:
+            torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
+            words.append("")
+        except RuntimeError as error:
+            words.append(str(error))
+    sums = [torch.zeros(4).index_add_(0, torch.tensor([1, 1, 3]), torch.ones(3)).tolist() for _ in range(2)]
+    return words, sums
+
+
+def test_an_operation_without_a_deterministic_kernel_is_refused_by_name():
+    (((before, after), sums),) = run_ranks(refused, 1)
+    assert before == ""
+    assert "put_" in after and "deterministic" in after
+    assert sums == [[0, 2, 0, 1]] * 2

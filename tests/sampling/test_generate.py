@@ -1,4 +1,4 @@
-"""Pictures do not depend on the layout, on their neighbours, or on how the prompts are chunked."""
+"""Pictures do not depend on the layout, on pictures of other routing groups, or on how the prompts are chunked."""
 
 from dataclasses import replace
 
@@ -7,31 +7,72 @@ import torch
 
 from megadit.parallel.grid import Grid
 from megadit.parallel.init import Normal, initialise
-from megadit.sampling.generate import SampleConfig, generate
-from megadit.training.build import build_model, build_pipeline, read_inputs
-from megadit.training.config import check, load_config
-from tests.parity.layouts import CONFIG, LAYOUTS
+from megadit.runtime.seed import stream
+from megadit.sampling.generate import SampleConfig, generate, noise_of
+from megadit.training.build import build_pipeline, build_stages, named_parameters, read_inputs
+from megadit.training.config import check, images_per_group, load_config
 from tests.ranks import run_ranks
 
+CONFIG = "tests/configs/tiny.yaml"
+LAYOUTS = {
+    "tensor2": (2, ["parallel.tensor=2"]),
+    "pipeline4": (4, ["parallel.pipeline=4"]),  # more microbatches than branches: they could cut groups
+    "expert2": (2, ["parallel.expert=2"]),
+    "tensor2_expert2": (4, ["parallel.tensor=2", "parallel.expert=2"]),
+    "pipeline2_zbv": (2, ["parallel.pipeline=2", "parallel.schedule=zbv"]),
+}
+CLASSES = ["model.conditioning=class", "model.classes=10"]
+MODELS = {
+    "captions": [],
+    "classes": CLASSES,
+    "pairs": ["model.routing_group=2"],
+    "batch": ["model.routing_group=batch", "data.micro_batch=4"],
+    "class_pairs": [*CLASSES, "model.routing_group=2"],
+}
 PROMPTS = ["a handwritten seven", "the digit 3", "a nine in ink", "zero", "the number five"]
+NUMBERS = ["7", "3", "9", "0", "5"]
 SETTINGS = SampleConfig(sampler="heun", steps=3, guidance=2.0, shift=2.0)
-# What is drawn: (prompts, settings, seed, first index).
-WHOLE = (PROMPTS, SETTINGS, 7, 0)
+
+
+def jobs_of(model):
+    """What is drawn, by name: (prompts, settings, seed, first index)."""
+    prompts, other = (NUMBERS, "1") if "class" in model else (PROMPTS, "number one")
+    return {
+        "whole": (prompts, SETTINGS, 7, 0),
+        "head": (prompts[:4], SETTINGS, 7, 0),
+        "tail": (prompts[4:], SETTINGS, 7, 4),
+        "filled": ([*prompts, *prompts[-1:] * 3], SETTINGS, 7, 0),
+        "other_first": ([other, *prompts[1:]], SETTINGS, 7, 0),
+        "same_prompt": (prompts[:1] * 5, SETTINGS, 7, 0),
+        "other_seed": (prompts, SETTINGS, 8, 0),
+        "unguided": (prompts, replace(SETTINGS, guidance=1.0), 7, 0),
+        "euler": (prompts, replace(SETTINGS, sampler="euler"), 7, 0),
+        "one_step": (prompts, replace(SETTINGS, sampler="euler", steps=1), 7, 8),
+        "empty": ([prompts[0], "  "], SETTINGS, 7, 4),
+        "within": (prompts, SETTINGS, 7, 3),
+        "none": ([], SETTINGS, 7, 0),
+    }
+
+
+def assembled(rank, world_size, overrides, init=lambda name: Normal(0.2)):
+    """(configuration, this rank's stages, their pipeline, condition)."""
+    config = load_config(CONFIG, overrides)
+    grid = Grid(check(config, world_size), rank)
+    stages = build_stages(config, grid, torch.device("cpu"))
+    initialise(named_parameters(stages), grid, 1, init)
+    return config, stages, build_pipeline(config, stages, grid, torch.device("cpu")), read_inputs(config).condition
 
 
 def draw(rank, world_size, overrides, jobs):
     """The pictures of each job, or the message of the ValueError that refuses it."""
-    config = load_config(CONFIG, overrides)
-    grid = Grid(check(config, world_size), rank)
-    model = build_model(config, grid, torch.device("cpu"))
-    initialise(model.named_parameters(), grid, 1, lambda name: Normal(0.2))
-    pipeline = build_pipeline(config, model, grid, torch.device("cpu"))
-    tokenizer = read_inputs(config).tokenizer
+    config, _, pipeline, condition = assembled(rank, world_size, overrides)
     results = []
     for prompts, settings, seed, first_index in jobs:
         try:
             pictures = generate(
-                pipeline, tokenizer, prompts, (1, 8, 8), config.text.length, settings, seed, config.dtype, first_index
+                *(pipeline, condition, prompts, (1, 8, 8), settings, seed, config.dtype),
+                first_index=first_index,
+                group=images_per_group(config),
             )
             results.append(pictures.numpy())
         except ValueError as error:
@@ -39,58 +80,117 @@ def draw(rank, world_size, overrides, jobs):
     return results
 
 
-JOBS = {
-    "whole": WHOLE,
-    "head": (PROMPTS[:2], SETTINGS, 7, 0),
-    "tail": (PROMPTS[2:], SETTINGS, 7, 2),
-    "neighbours": (["one", *PROMPTS[1:2], "the digit 8"], SETTINGS, 7, 0),
-    "same_prompt": (["zero"] * 2, SETTINGS, 7, 0),
-    "other_seed": (PROMPTS, SETTINGS, 8, 0),
-    "unguided": (PROMPTS, replace(SETTINGS, guidance=1.0), 7, 0),
-    "euler": (PROMPTS, replace(SETTINGS, sampler="euler"), 7, 0),
-    "empty": (["zero", "  "], SETTINGS, 7, 3),
-}
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def drawn():
-    """{job: its pictures}, on one process."""
-    results = run_ranks(draw, 1, [], list(JOBS.values()))[0]
+def group(model):
+    return images_per_group(load_config(CONFIG, MODELS[model]))
+
+
+@pytest.fixture(scope="module")
+def drawn(model):
+    """{job: its pictures, or why it was refused}, on one process."""
+    jobs = jobs_of(model)
+    results = run_ranks(draw, 1, MODELS[model], list(jobs.values()))[0]
     return {
         name: result if isinstance(result, str) else torch.from_numpy(result)
-        for name, result in zip(JOBS, results, strict=True)
+        for name, result in zip(jobs, results, strict=True)
     }
 
 
-def difference(one, other):
-    return (one - other).abs().max().item()
+def assert_same(one, other, tolerance=1e-12):
+    torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("layout", ["tensor2", "pipeline2", "expert2", "tensor2_expert2"])
-def test_every_layout_draws_the_same_pictures_on_every_rank(layout, drawn):
+def distances(one, other):
+    """The largest difference of each picture."""
+    return (one - other).abs().flatten(1).amax(dim=1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_draws_the_same_pictures_on_every_rank(layout, model, drawn):
     world_size, overrides = LAYOUTS[layout]
-    for pictures in run_ranks(draw, world_size, overrides, [WHOLE]):
-        torch.testing.assert_close(torch.from_numpy(pictures[0]), drawn["whole"], rtol=0, atol=1e-9)
+    names = ("whole", "tail")
+    jobs = [jobs_of(model)[name] for name in names]
+    for pictures in run_ranks(draw, world_size, [*MODELS[model], *overrides], jobs):
+        for name, found in zip(names, pictures, strict=True):
+            assert_same(torch.from_numpy(found), drawn[name], tolerance=1e-9)
 
 
 def test_pictures_are_finite_and_follow_the_seed_the_prompt_and_the_settings(drawn):
     whole = drawn["whole"]
     assert whole.shape == (5, 1, 8, 8) and whole.dtype == torch.float64 and whole.isfinite().all()
     for job in ("other_seed", "unguided", "euler"):
-        for picture, other in zip(whole, drawn[job], strict=True):
-            assert difference(picture, other) > 1e-3, job
-    assert difference(whole[0], drawn["same_prompt"][0]) > 1e-3  # another prompt, the same noise
-    assert difference(*drawn["same_prompt"]) > 1e-3  # the same prompt, other noise
+        assert (distances(whole, drawn[job]) > 1e-3).all(), job
+    assert (distances(whole, drawn["same_prompt"])[1:] > 1e-3).all()  # another prompt, the same noise
+    assert (distances(drawn["same_prompt"][:1], drawn["same_prompt"][1:]) > 1e-3).all()  # the same prompt, other noise
 
 
-def test_a_picture_does_not_depend_on_how_prompts_are_chunked(drawn):
-    chunks = torch.cat([drawn["head"], drawn["tail"]])
-    torch.testing.assert_close(chunks, drawn["whole"], rtol=0, atol=1e-12)
+def test_a_picture_does_not_depend_on_how_prompts_are_chunked_or_the_last_group_is_filled(drawn):
+    assert_same(torch.cat([drawn["head"], drawn["tail"]]), drawn["whole"])
+    assert_same(drawn["filled"][:5], drawn["whole"])
 
 
-def test_a_picture_does_not_depend_on_its_neighbours(drawn):
-    torch.testing.assert_close(drawn["neighbours"][1], drawn["whole"][1], rtol=0, atol=1e-12)
+def test_a_picture_depends_on_the_prompts_of_its_own_group_only(group, drawn):
+    changed = distances(drawn["other_first"], drawn["whole"])
+    assert (changed[:group] > 1e-6).all()
+    assert (changed[group:] < 1e-12).all()
 
 
-def test_an_empty_prompt_is_refused_by_its_index(drawn):
-    assert drawn["empty"] == "prompt 4 is empty; say what to draw"
+def test_a_batch_that_begins_within_a_group_is_refused(group, drawn):
+    if group == 1:
+        assert drawn["within"].shape == drawn["whole"].shape
+    else:
+        assert drawn["within"].startswith(f"first_index=3 is within a group of {group} images")
+
+
+def test_prompts_that_say_nothing_are_refused(drawn):
+    assert drawn["empty"] == "prompt 5 is empty; say what to draw"
+    assert drawn["none"] == "no prompts; say what to draw"
+
+
+def by_hand(rank, world_size, overrides, prompts, first_index, group):
+    """One Euler step of the bare network, guidance 2, each group and each branch on its own."""
+    _, (network,), _, condition = assembled(rank, world_size, overrides)
+    filled = [*prompts, *prompts[-1:] * (-len(prompts) % group)]
+    noise = noise_of(7, range(first_index, first_index + len(filled)), (1, 8, 8))
+    pictures = []
+    with torch.no_grad():
+        for begin in range(0, len(filled), group):
+            images, told = noise[begin : begin + group], condition.encode(filled[begin : begin + group])
+            nothing = {key: value.expand_as(told[key]) for key, value in condition.nothing.items()}
+            fixed = {"timesteps_B": torch.ones(group, dtype=torch.float64), "size": (8, 8)}
+            given, free = (network(images, **fixed, **keywords) for keywords in (told, nothing))
+            pictures.append(images - (free + 2 * (given - free)))
+    return torch.cat(pictures)[: len(prompts)].numpy()
+
+
+def test_a_step_is_the_guided_velocity_of_each_group(model, group, drawn):
+    prompts, _, _, first_index = jobs_of(model)["one_step"]
+    (expected,) = run_ranks(by_hand, 1, MODELS[model], prompts, first_index, group)
+    assert_same(drawn["one_step"], torch.from_numpy(expected))
+
+
+def untrained(rank, world_size, dtype):
+    """Pictures of a network whose velocity is zero."""
+    overrides = [f"run.dtype={dtype}", "zero.stage=1"]
+    config, _, pipeline, condition = assembled(rank, world_size, overrides, init=lambda name: Normal(0.0))
+    pictures = generate(pipeline, condition, PROMPTS, (1, 8, 8), SETTINGS, 7, config.dtype, first_index=3)
+    return pictures.numpy()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_steps_are_summed_in_float32_at_least(dtype):
+    (pictures,) = run_ranks(untrained, 1, dtype)
+    assert torch.equal(torch.from_numpy(pictures), noise_of(7, range(3, 8), (1, 8, 8)).float())
+
+
+def test_an_images_noise_is_its_own():
+    noise = noise_of(7, [5, 2], (3, 4, 4))
+    assert noise.shape == (2, 3, 4, 4) and noise.dtype == torch.float64
+    assert torch.equal(noise[1], noise_of(7, [2], (3, 4, 4))[0])
+    assert torch.equal(noise[1], torch.randn(3, 4, 4, generator=stream(7, "sample", 2), dtype=torch.float64))
+    assert (distances(noise, noise_of(8, [5, 2], (3, 4, 4))) > 0.1).all()

@@ -93,10 +93,17 @@ def test_a_folder_without_a_run_is_refused(tool, monkeypatch, capsys, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+RUNS = {
+    "captions": [],
+    # Told the digits; the four images of a microbatch compete.
+    "classes": ["model.conditioning=class", "model.classes=10", "model.routing_group=batch"],
+}
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def trained(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("judge") / "run"
-    train_on(1, "--config", "tests/configs/tiny.yaml", f"run.dir={folder}", "run.steps=1")
+    train_on(1, "--config", "tests/configs/tiny.yaml", f"run.dir={folder}", "run.steps=1", *RUNS[request.param])
     return folder
 
 
@@ -105,11 +112,12 @@ def test_pictures_do_not_depend_on_how_many_are_drawn_at_once(tool, monkeypatch,
     monkeypatch.setattr(
         tool, "judge", lambda images, wanted, judge=tool.judge: judged.append(images) or judge(images, wanted)
     )
-    for chunk in (20, 8):
+    for chunk in (20, 8, 6):
         monkeypatch.setattr(tool, "CHUNK", chunk)
         assert run_tool(tool, monkeypatch, trained, "--samples", 20) == 0
     assert judged[0].shape == (20, 1, 8, 8)
     torch.testing.assert_close(judged[1], judged[0])
+    torch.testing.assert_close(judged[2], judged[0])
     assert (trained / "result.json").exists()
 
 

@@ -17,6 +17,15 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def trained_on_classes(tmp_path_factory):
+    """A run whose four images of a microbatch compete."""
+    folder = tmp_path_factory.mktemp("sample") / "classes"
+    overrides = ["model.conditioning=class", "model.classes=10", "model.routing_group=batch"]
+    train_on(1, "--config", "tests/configs/tiny.yaml", f"run.dir={folder}", "run.steps=1", *overrides)
+    return folder
+
+
 def sample(*argv):
     return subprocess.run([sys.executable, "tools/sample.py", *map(str, argv)], capture_output=True, text=True)
 
@@ -49,6 +58,26 @@ def test_prompts_are_repeated_and_laid_out_in_columns(trained, tmp_path):
     assert len({cell.tobytes() for cell in pictures["a"]}) == 6, "each picture starts from noise of its own"
     assert all((a == b).all() for a, b in zip(pictures["a"], pictures["again"], strict=True))
     assert all((a != b).any() for a, b in zip(pictures["a"], pictures["other"], strict=True))
+
+
+def test_a_run_on_classes_draws_their_numbers_and_by_default_all_in_turn(trained_on_classes, tmp_path):
+    drawn = {}
+    for name, argv in {"named": range(10), "default": ["--count", 10], "more": [*range(10), 3]}.items():
+        path = tmp_path / f"{name}.png"
+        done = sample(trained_on_classes, *argv, "--columns", 5, "--zoom", 1, "--out", path)
+        assert done.returncode == 0, done.stderr
+        drawn[name] = cells(path, rows=3 if name == "more" else 2, columns=5, zoom=1)
+    assert all((a == b).all() for a, b in zip(drawn["named"], drawn["default"], strict=True))
+    # The groups of the first eight pictures are whole in all three.
+    assert all((a == b).all() for a, b in zip(drawn["named"][:8], drawn["more"], strict=False))
+
+
+@pytest.mark.parametrize("prompt", ["seven", "10", "-1"])
+def test_what_is_no_class_of_the_run_is_refused(prompt, trained_on_classes, tmp_path):
+    done = sample(trained_on_classes, "3", prompt, "--out", tmp_path / "picture.png")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"sample: prompt {prompt!r} is not a class; write its number, 0 to 9\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_run_folder_is_refused_by_name(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megadit.model.config import PRESETS
+from megadit.model.config import PRESETS, ROUTING_PRESETS
 from megadit.training.config import (
     RULES,
     SECTIONS,
@@ -81,6 +81,8 @@ def test_a_number_like_1e_3_in_the_file_is_a_number(tmp_path):
         [],
         ["optim.lr=1e-07", "optim.betas=[0.1, 0.123456789012345678]", "run.name='yes: 1e-3'", "text.tokenizer=a b"],
         ["model.preset=ec-dit-m-64e", "model.layers=3"],
+        ["model.routing_preset=nucleus", "model.capacity_overrides={3: 2.5}", "model.routing_group=2"],
+        ["model.routing_preset=dit-moe"],
     ],
 )
 def test_the_saved_configuration_reads_back_as_the_identical_one(overrides, tmp_path):
@@ -104,6 +106,18 @@ def test_a_preset_expands_and_keys_beside_it_override_it(preset, tmp_path):
     expected = PRESETS[preset] | {"layers": 2, "kv_heads": 1}
     assert {key: getattr(model, key) for key in expected} == expected
     assert model.heads * model.head_width == model.width
+
+
+@pytest.mark.parametrize("preset", ROUTING_PRESETS)
+def test_a_way_to_route_goes_with_a_size_and_yields_to_keys_beside_it(preset, tmp_path):
+    path = write(
+        tmp_path / "x.yaml", f"model: {{routing_preset: {preset}, preset: ec-dit-xl-32e, capacity_factor: 3}}\n"
+    )
+    model = load_config(path).model
+    expected = PRESETS["ec-dit-xl-32e"] | ROUTING_PRESETS[preset] | {"capacity_factor": 3.0}
+    assert {key: getattr(model, key) for key in expected} == expected
+    raw = ["data.micro_batch=2", "data.global_batch=4", "model.layers=4", f"model.routing_preset={preset}"]
+    check(load_config(CONFIG, [*raw, "model.experts=4"]), 1)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

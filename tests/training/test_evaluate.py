@@ -9,6 +9,8 @@ from megadit.training.step import prepare, train_step
 from tests.ranks import run_ranks
 from tests.training.assembled import assembled
 
+CLASSES = ["model.conditioning=class", "model.classes=10"]
+CONDITIONS = {"text": [], "class": CLASSES}
 LAYOUTS = {
     "data2": (2, []),
     "pipeline2": (2, ["parallel.pipeline=2"]),
@@ -29,14 +31,20 @@ def after_training(rank, world_size, overrides):
     return heldout_loss(trained(rank, world_size, overrides))
 
 
-def by_hand(rank, world_size):
+def pictures_of(rank, world_size, overrides):
+    """What is drawn along the way, after some training."""
+    return sample_pictures(trained(rank, world_size, overrides)).numpy()
+
+
+def by_hand(rank, world_size, overrides):
     """The held-out loss; the same by the bare model over the samples that count; how many count, and how many not."""
-    run = trained(rank, world_size, ["data.global_batch=200", "data.micro_batch=50"])
+    run = trained(rank, world_size, ["data.global_batch=200", "data.micro_batch=50", *overrides])
     losses, filling = [], 0
+    (network,) = run.stages
     with torch.no_grad(), run.ema.swapped_in():
         for batch, weight_B in run.heldout_loader.heldout():
             noisy, target, keywords = prepare(run, batch, 0, caption_dropout=0.0)
-            losses += velocity_loss(run.model(noisy, **keywords), target)[weight_B > 0].tolist()
+            losses += velocity_loss(network(noisy, **keywords), target)[weight_B > 0].tolist()
             filling += int((weight_B == 0).sum())
     return heldout_loss(run), sum(losses) / len(losses), len(losses), filling
 
@@ -53,18 +61,36 @@ def perturbed(rank, world_size):
 
 
 @pytest.fixture(scope="module")
-def oracle():
-    return run_ranks(after_training, 1, [])[0]
+def oracles():
+    return {name: run_ranks(after_training, 1, overrides)[0] for name, overrides in CONDITIONS.items()}
 
 
+def test_told_classes_it_is_another_loss(oracles):
+    assert abs(oracles["text"] - oracles["class"]) > 1e-6
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_has_the_loss_of_one_process(layout, oracle):
+def test_every_layout_has_the_loss_of_one_process(layout, conditioning, oracles):
     world_size, overrides = LAYOUTS[layout]
-    assert run_ranks(after_training, world_size, overrides) == pytest.approx([oracle] * world_size, rel=1e-9, abs=0)
+    losses = run_ranks(after_training, world_size, [*overrides, *CONDITIONS[conditioning]])
+    assert losses == pytest.approx([oracles[conditioning]] * world_size, rel=1e-9, abs=0)
 
 
-def test_it_is_the_mean_over_the_whole_split():
-    ((loss, expected, count, filling),) = run_ranks(by_hand, 1)
+# Six pictures are no whole number of groups of four, and a pipeline cuts the groups that they fill.
+@pytest.mark.parametrize("conditioning", CONDITIONS)
+def test_every_layout_draws_the_pictures_of_one_process_also_in_groups(conditioning):
+    overrides = ["model.routing_group=batch", "data.micro_batch=4", "sample.steps=2", "log.samples=6"]
+    overrides += CONDITIONS[conditioning]
+    (expected,) = run_ranks(pictures_of, 1, overrides)
+    assert expected.shape == (6, 1, 8, 8)
+    for pictures in run_ranks(pictures_of, 2, [*overrides, "parallel.pipeline=2"]):
+        torch.testing.assert_close(torch.from_numpy(pictures), torch.from_numpy(expected), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONS)
+def test_it_is_the_mean_over_the_whole_split(conditioning):
+    ((loss, expected, count, filling),) = run_ranks(by_hand, 1, CONDITIONS[conditioning])
     assert (count, filling) == (359, 41), "the last batch must be filled up to show something"
     assert loss == pytest.approx(expected, rel=1e-12, abs=0)
 

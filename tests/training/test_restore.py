@@ -8,20 +8,22 @@ from megadit.data.loader import open_dataset
 from megadit.parallel.grid import ParallelConfig
 from megadit.parallel.placement import placement_of
 from megadit.runtime.launch import Process
+from megadit.training.build import named_parameters
+from megadit.training.config import check, images_per_group, load_config
 from megadit.training.evaluate import sample_pictures
 from megadit.training.loop import prepare_directory, save, train
-from megadit.training.restore import open_sampler
+from megadit.training.restore import as_drawn, open_sampler
 from tests.ranks import run_ranks
-from tests.training.assembled import assembled
+from tests.training.assembled import CONFIG, assembled
 
 STEPS = 3
 PROMPTS = ["a handwritten three", "the digit 7", "number one"]
 
 
-def train_and_draw(rank, world_size, folder):
+def train_and_draw(rank, world_size, folder, overrides):
     """Train; this rank's averages as {name: (offsets, part)}, and the pictures that its ranks draw together."""
     layout = ["parallel.tensor=2", "parallel.expert=2", "run.dtype=float32", "zero.stage=1"]
-    run = assembled(rank, world_size, f"run.dir={folder}", f"run.steps={STEPS}", "optim.lr=0.02", *layout)
+    run = assembled(rank, world_size, f"run.dir={folder}", f"run.steps={STEPS}", "optim.lr=0.02", *layout, *overrides)
     prepare_directory(run)
     train(run, 0)
     averages = {
@@ -29,6 +31,11 @@ def train_and_draw(rank, world_size, folder):
         for name, parameter in run.named
     }
     return averages, sample_pictures(run).numpy()
+
+
+def exactly(parameter):
+    """As numpy, which has no bf16."""
+    return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32)).numpy()
 
 
 def process(rank, world_size):
@@ -39,16 +46,17 @@ def restored(rank, world_size, folder, parallel):
     """The sampler's step, weights, and pictures of the held-out prompts."""
     sampler = open_sampler(folder, process(rank, world_size), parallel)
     config = sampler.config
-    prompts = open_dataset(config.data, "heldout").prompts(config.log.samples)  # as `sample_pictures`
+    # As `sample_pictures`.
+    prompts = open_dataset(config.data, "heldout", config.model.conditioning).prompts(config.log.samples)
     pictures = sampler.draw(prompts, config.sample, config.run.seed)
-    weights = {name: parameter.detach().numpy() for name, parameter in sampler.pipeline.stage.named_parameters()}
+    weights = {name: exactly(parameter) for name, parameter in named_parameters(sampler.pipeline.stages)}
     return sampler.step, weights, pictures.numpy()
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("restore") / "run"
-    return folder, run_ranks(train_and_draw, 4, folder)
+    return folder, run_ranks(train_and_draw, 4, folder, [])
 
 
 def test_one_process_restores_the_averages_of_four_bitwise(trained):
@@ -72,6 +80,92 @@ def test_it_draws_the_pictures_that_the_trained_ranks_drew(world_size, parallel,
     pictures += [drawn for _, _, drawn in run_ranks(restored, world_size, folder, parallel)]
     for drawn in pictures[1:]:
         np.testing.assert_allclose(drawn, pictures[0], rtol=0, atol=1e-6)
+
+
+def test_bf16_weights_are_the_averages_rounded(tmp_path):
+    results = run_ranks(train_and_draw, 4, tmp_path / "run", ["run.dtype=bfloat16"])
+    ((_, weights, pictures),) = run_ranks(restored, 1, tmp_path / "run", None)
+    finer = 0
+    for averages, _ in results:
+        for name, (offsets, part) in averages.items():
+            assert part.dtype == np.float32
+            place = tuple(slice(begin, begin + size) for begin, size in zip(offsets, part.shape, strict=True))
+            rounded = torch.from_numpy(part).bfloat16().float().numpy()
+            np.testing.assert_array_equal(weights[name][place], rounded)
+            finer += int((part != rounded).sum())
+    assert finer > 0, "the averages lost their precision"
+    assert pictures.dtype == np.float32 and np.isfinite(pictures).all()
+
+
+CLASS_GROUPS = ["model.conditioning=class", "model.classes=10", "model.routing_group=batch", "log.samples=6"]
+
+
+@pytest.fixture(scope="module")
+def trained_in_groups(tmp_path_factory):
+    """A run told classes, whose four images of a microbatch compete; it draws six pictures."""
+    folder = tmp_path_factory.mktemp("restore") / "groups"
+    return folder, run_ranks(train_and_draw, 4, folder, CLASS_GROUPS)
+
+
+def test_a_run_that_is_told_classes_keeps_no_tokenizer(trained_in_groups):
+    assert (trained_in_groups[0] / "config.yaml").exists()
+    assert not (trained_in_groups[0] / "tokenizer.model").exists()
+
+
+@pytest.mark.parametrize("parallel", [None, ParallelConfig(pipeline=2)], ids=["one", "pipeline2"])
+def test_classes_are_drawn_in_the_groups_of_the_training(parallel, trained_in_groups):
+    folder, results = trained_in_groups
+    world_size = 1 if parallel is None else 2
+    for _, _, drawn in run_ranks(restored, world_size, folder, parallel):
+        assert drawn.shape == (6, 1, 8, 8)
+        np.testing.assert_allclose(drawn, results[0][1], rtol=0, atol=1e-6)
+
+
+def refused_prompts(rank, world_size, folder):
+    """Why the sampler of the run refuses a caption, and a batch that begins within a group."""
+    sampler, messages = open_sampler(folder, process(rank, world_size)), []
+    for prompts, first_index in ((["a handwritten seven"], 0), (["7"], sampler.group + 1)):
+        with pytest.raises(ValueError) as refused:
+            sampler.draw(prompts, sampler.config.sample, 0, first_index)
+        messages.append(str(refused.value))
+    return messages
+
+
+def test_a_caption_for_classes_and_part_of_a_group_are_refused(trained_in_groups):
+    ((caption, within),) = run_ranks(refused_prompts, 1, trained_in_groups[0])
+    assert caption == "prompt 'a handwritten seven' is not a class; write its number, 0 to 9"
+    assert "first_index=5 is within a group of 4 images" in within
+
+
+@pytest.mark.parametrize(
+    ("overrides", "group"),
+    [
+        ([], 1),
+        (["model.routing_group=2"], 2),
+        (["model.routing_group=batch", "data.micro_batch=8"], 8),
+        (["model.routing_group=batch", "data.micro_batch=0", "model.experts=0"], 1),
+        (["model.routing_group=batch", "model.routing=token_choice"], 4),
+        # Nobody competes.
+        (["model.routing_group=batch", "model.routing=token_choice", "model.dropless=true"], 1),
+    ],
+)
+@pytest.mark.parametrize(
+    ("world_size", "parallel"),
+    [(1, ParallelConfig()), (3, ParallelConfig()), (4, ParallelConfig(pipeline=2, schedule="interleaved"))],
+)
+def test_the_group_is_the_trainings_and_fits_every_layout(world_size, parallel, overrides, group):
+    config = as_drawn(load_config(CONFIG, overrides), world_size, parallel)
+    check(config, world_size)
+    assert images_per_group(config) == group
+    # Said outright: the batch of drawing is not that of training.
+    assert config.model.routing_group == group
+
+
+def test_without_a_capacity_pictures_are_those_of_the_groups_of_the_training(tmp_path):
+    dropless = ["model.routing_group=batch", "model.routing=token_choice", "model.dropless=true"]
+    results = run_ranks(train_and_draw, 4, tmp_path, dropless)
+    ((_, _, drawn),) = run_ranks(restored, 1, tmp_path, None)
+    np.testing.assert_allclose(drawn, results[0][1], rtol=0, atol=1e-6)
 
 
 def draw_in_parts(rank, world_size, folder):

@@ -16,6 +16,10 @@ LAYOUTS = {
         ["parallel.tensor=2", "parallel.expert=2", "zero.stage=1", "run.dtype=float32"],
     ),
     "pipeline2_data2": (4, ["parallel.pipeline=2", "zero.stage=1", "run.dtype=float32"]),
+    "interleaved_zero2_bfloat16": (
+        4,
+        ["parallel.pipeline=2", "parallel.schedule=interleaved", "zero.stage=2", "run.dtype=bfloat16"],
+    ),
 }
 
 
@@ -68,7 +72,7 @@ def test_a_run_goes_on_in_another_layout(precision, tolerance, tmp_path):
     tensor_expert = ["parallel.tensor=2", "parallel.expert=2"]
     for steps, world_size, layout in (
         (3, 4, tensor_expert),
-        (6, 4, ["parallel.pipeline=2"]),
+        (6, 4, ["parallel.pipeline=2", "parallel.schedule=zbv"]),
         (9, 2, ["parallel.expert=2"]),
     ):
         results = train_on(world_size, *command, f"run.steps={steps}", moved, *layout)

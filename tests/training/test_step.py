@@ -7,15 +7,14 @@ import torch
 
 from megadit.data.batch import Batch
 from megadit.diffusion.objective import corrupt, velocity_loss
-from megadit.training.step import draw, prepare, train_step
+from megadit.training.step import draw, prepare, read, train_step
 from tests.ranks import run_ranks
 from tests.training.assembled import assembled
 
 
 def batch_of(ids):
     """A batch of which only the sample ids and the image's shape matter."""
-    text = torch.zeros(len(ids), 4, dtype=torch.int64)
-    return Batch(torch.tensor(ids), torch.zeros(len(ids), 1, 8, 8), text, text.bool())
+    return Batch(torch.tensor(ids), torch.zeros(len(ids), 1, 8, 8), {"labels_B": torch.zeros(len(ids))})
 
 
 def drawn(seed, step, ids):
@@ -48,26 +47,37 @@ def test_draws_have_the_right_distributions():
     assert abs(draws.uniform_B.mean() - 0.5) < 5 / math.sqrt(12 * 2000)
 
 
-def prepared(rank, world_size, dropout):
-    run = assembled(rank, world_size)
+def prepared(rank, world_size, overrides, dropout):
+    """{keyword: (of the batch, as prepared, of a sample that is told nothing)}, and what decides who is dropped."""
+    run = assembled(rank, world_size, *overrides)
     batch = run.loader.batch(1)
-    noisy, target, keywords = prepare(run, batch, 1, dropout)
-    empty = run.inputs.tokenizer.encode([""], run.config.text.length)
-    uniform = draw(run.config.run.seed, 1, batch).uniform_B
-    given, shown = (batch.text_ids_BL, batch.text_mask_BL), (keywords["text_ids_BL"], keywords["text_mask_BL"])
-    # Values, since memory shared with a rank ends with it.
-    return [[tensor.tolist() for tensor in pair] for pair in (given, shown, empty)], uniform.tolist()
+    keywords, nothing = prepare(run, batch, 1, dropout)[2], run.inputs.condition.nothing
+    told = {
+        key: [tensor.numpy() for tensor in (value, keywords.pop(key), nothing[key])]
+        for key, value in batch.condition.items()
+    }
+    assert keywords.keys() == {"timesteps_B", "size"}
+    return told, draw(run.config.run.seed, 1, batch).uniform_B.numpy()
 
 
+CONDITIONS = {
+    "text": ([], {"text_ids_BL", "text_mask_BL"}),
+    "class": (["model.conditioning=class", "model.classes=10"], {"labels_B"}),
+}
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONS)
 @pytest.mark.parametrize("dropout", [0.0, 0.5, 1.0])
-def test_a_dropped_caption_is_replaced_by_the_empty_one(dropout):
-    ((texts, uniform),) = run_ranks(prepared, 1, dropout)
-    given, shown, empty = ([torch.tensor(part) for part in pair] for pair in texts)
-    dropped = torch.tensor(uniform) < dropout
-    assert (dropped.any().item(), dropped.all().item()) == (dropout > 0, dropout == 1), "shows nothing"
-    for before, after, blank in zip(given, shown, empty, strict=True):
-        assert torch.equal(after[~dropped], before[~dropped])
-        assert torch.equal(after[dropped], blank.expand(int(dropped.sum()), -1))
+def test_a_dropped_caption_or_class_is_replaced_by_nothing(dropout, conditioning):
+    overrides, keys = CONDITIONS[conditioning]
+    ((told, uniform),) = run_ranks(prepared, 1, overrides, dropout)
+    dropped = uniform < dropout
+    assert (dropped.any(), dropped.all()) == (dropout > 0, dropout == 1), "shows nothing"
+    assert told.keys() == keys
+    for given, shown, nothing in told.values():
+        assert (shown[~dropped] == given[~dropped]).all()
+        assert (shown[dropped] == nothing).all()
+        assert (given != nothing).any(), "shows nothing"
 
 
 def one_step(rank, world_size, overrides):
@@ -77,13 +87,13 @@ def one_step(rank, world_size, overrides):
     draws = draw(run.config.run.seed, 1, batch)
     noisy, target = corrupt(batch.latents_BCHW, draws.noise_BCHW, torch.sigmoid(draws.normal_B))
     keywords = prepare(run, batch, 1, run.config.objective.caption_dropout)[2]
-    loss = velocity_loss(run.model(noisy.double(), **keywords), target.double()).mean()
-    gradients = torch.autograd.grad(loss, run.model.parameters())
+    loss = velocity_loss(run.stages[0](noisy.double(), **keywords), target.double()).mean()
+    gradients = torch.autograd.grad(loss, run.stages[0].parameters())
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-    before = [parameter.detach().clone() for parameter in run.model.parameters()]
-    report = train_step(run, 1)
-    largest = max((p - b).abs().max().item() for p, b in zip(run.model.parameters(), before, strict=True))
-    cleared = all(parameter.grad is None for parameter in run.model.parameters())
+    before = [parameter.detach().clone() for parameter in run.stages[0].parameters()]
+    (report,) = read(run, [train_step(run, 1)])
+    largest = max((p - b).abs().max().item() for p, b in zip(run.stages[0].parameters(), before, strict=True))
+    cleared = all(parameter.grad is None for parameter in run.stages[0].parameters())
     return report, loss.item(), norm.item(), largest, cleared
 
 
@@ -100,19 +110,33 @@ def test_a_step_reports_the_mean_loss_and_the_norm_before_clipping():
     assert cleared
 
 
-def test_a_step_reports_the_routing_of_every_moe_layer():
-    ((report, *_),) = run_ranks(one_step, 1, [])
+def reported(rank, world_size, overrides):
+    run = assembled(rank, world_size, *overrides)
+    return read(run, [train_step(run, 1), train_step(run, 2)])
+
+
+TOKEN_CHOICE = ["model.routing=token_choice", "model.balance_loss=0.1"]
+
+
+@pytest.mark.parametrize("overrides", [[], TOKEN_CHOICE, [*TOKEN_CHOICE, "model.dropless=true"]])
+def test_a_step_reports_the_routing_of_every_moe_layer(overrides):
+    ((report, _),) = run_ranks(reported, 1, overrides)
     assert report.routing.keys() == {1, 3}
     for stats in report.routing.values():
-        assert stats.keys() == {"unpicked", "busiest", "entropy"}
+        assert set(stats) - {"load"} == {"picks", "unpicked", "busiest", "entropy"}
+        assert 0 < stats["picks"] <= stats["busiest"] <= 4
         assert 0 <= stats["unpicked"] < 1
-        assert 0 < stats["entropy"] <= math.log(4) + 1e-12
-    ((dense, *_),) = run_ranks(one_step, 1, ["model.experts=0"])
+        assert 0 < stats["entropy"] <= 1
+        if overrides:
+            assert len(stats["load"]) == 4
+            assert sum(stats["load"]) == pytest.approx(4)
+        else:
+            assert stats["picks"] == 2 and "load" not in stats
+
+
+def test_a_dense_model_reports_no_routing():
+    ((dense, _),) = run_ranks(reported, 1, ["model.experts=0"])
     assert dense.routing == {}
-
-
-def reported(rank, world_size, overrides):
-    return train_step(assembled(rank, world_size, *overrides), 1)
 
 
 @pytest.mark.parametrize(
@@ -120,9 +144,14 @@ def reported(rank, world_size, overrides):
     [(2, []), (2, ["parallel.pipeline=2"]), (4, ["parallel.tensor=2", "parallel.expert=2"])],
     ids=["data2", "pipeline2", "tensor2_expert2"],
 )
-def test_every_rank_reports_what_one_process_reports(world_size, overrides):
-    (oracle,) = run_ranks(reported, 1, [])
-    first, *others = run_ranks(reported, world_size, overrides)
-    assert first.routing.keys() == oracle.routing.keys() == {1, 3}
+@pytest.mark.parametrize("model", [[], TOKEN_CHOICE], ids=["expert_choice", "token_choice"])
+def test_every_rank_reports_what_one_process_reports(world_size, overrides, model):
+    (oracle,) = run_ranks(reported, 1, model)
+    first, *others = run_ranks(reported, world_size, [*model, *overrides])
     assert others == [first] * (world_size - 1)
-    assert (first.loss, first.grad_norm) == pytest.approx((oracle.loss, oracle.grad_norm), rel=1e-9, abs=0)
+    for found, expected in zip(first, oracle, strict=True):
+        assert (found.loss, found.grad_norm) == pytest.approx((expected.loss, expected.grad_norm), rel=1e-9, abs=0)
+        assert found.routing.keys() == expected.routing.keys() == {1, 3}
+        for layer, stats in expected.routing.items():  # of all microbatches: they are cut otherwise here
+            for name, value in stats.items():
+                assert found.routing[layer][name] == pytest.approx(value, rel=1e-9, abs=1e-12), (layer, name)

@@ -14,7 +14,12 @@ def fresh(rank, world_size, overrides, seed=1):
     config = load_config("tests/configs/tiny.yaml", overrides)
     process = Process(rank, world_size, rank, torch.device("cpu"))
     run = build_run(config, check(config, world_size), read_inputs(config), process)
-    initialise(run.named, run.grid, seed, lambda name: Normal(0.2))
+    initialise(run.named, run.grid, seed, lambda name: Normal(0.05))
+    parameters = dict(run.named)
+    for fragment in run.engine.fragments():
+        if fragment.kind == "master":
+            flat = parameters[fragment.name].detach().flatten()
+            fragment.flat.copy_(flat[fragment.start : fragment.start + fragment.flat.numel()])
     run.engine.restored(0)
     return run
 

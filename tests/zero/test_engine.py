@@ -7,7 +7,13 @@ from megadit.parallel.placement import placement_of
 from tests.ranks import run_ranks
 from tests.zero.runs import advance, copies, fresh
 
-SETTINGS = ["run.dtype=float32", "zero.stage=1", "optim.weight_decay=0.3", "optim.clip=1.0"]
+SETTINGS = ["optim.weight_decay=0.3", "optim.clip=1.0"]
+ENGINES = {
+    "zero1": ["run.dtype=float32", "zero.stage=1"],
+    "zero2": ["run.dtype=float32", "zero.stage=2"],
+    "zero1_bf16": ["run.dtype=bfloat16", "zero.stage=1"],
+    "zero2_bf16": ["run.dtype=bfloat16", "zero.stage=2"],
+}
 KINDS = {"master", "exp_avg", "exp_avg_sq"}
 LAYOUTS = {
     "one": (1, []),
@@ -18,6 +24,12 @@ LAYOUTS = {
     "tensor2_expert2": (4, ["parallel.tensor=2", "parallel.expert=2"]),
     "pipeline2_data2": (4, ["parallel.pipeline=2"]),
 }
+CASES = [
+    *[(layout, "zero1") for layout in LAYOUTS],
+    *[(layout, "zero2") for layout in ("data2", "expert2_data2", "tensor2_expert2", "pipeline2_data2")],
+    *[(layout, "zero1_bf16") for layout in ("one", "tensor2_expert2")],
+    *[(layout, "zero2_bf16") for layout in ("expert2_data2", "pipeline2_data2")],
+]
 
 
 def saved_and_loaded(rank, world_size, overrides):
@@ -30,7 +42,11 @@ def saved_and_loaded(rank, world_size, overrides):
         assert f.sharded == placement_of(dict(run.named)[f.name]).data_axes
         assert f.flat.dtype == torch.float32
         if f.kind == "master":
-            assert torch.equal(f.flat, weights[f.name].flatten()[f.start : f.start + f.flat.numel()]), f.name
+            weight = weights[f.name].flatten()[f.start : f.start + f.flat.numel()]
+            assert torch.equal(f.flat.to(weight.dtype), weight), f.name
+    if run.config.run.dtype == "bfloat16":
+        masters = [f.flat for f in fragments if f.kind == "master"]
+        assert any(not torch.equal(master, master.bfloat16().float()) for master in masters), "nothing beyond bf16"
     expected_norms, expected = advance(run, (4, 5)), copies(run)
     assert any(not torch.equal(f.flat, state[f.name, f.kind]) for f in fragments), "views are not live"
 
@@ -59,10 +75,11 @@ def saved_and_loaded(rank, world_size, overrides):
     return parts, place["tp"], ranges, held, sum(shares)
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
 def ranks(request):
-    world_size, overrides = LAYOUTS[request.param]
-    return run_ranks(saved_and_loaded, world_size, overrides)
+    layout, kind = request.param
+    world_size, overrides = LAYOUTS[layout]
+    return run_ranks(saved_and_loaded, world_size, [*overrides, *ENGINES[kind]])
 
 
 def test_loaded_state_goes_on_bit_for_bit_and_its_shards_cover_every_parameter_once(ranks):
@@ -80,3 +97,31 @@ def test_loaded_state_goes_on_bit_for_bit_and_its_shards_cover_every_parameter_o
 def test_each_rank_holds_its_share_of_the_state_and_hardly_more(ranks):
     for *_, held, share in ranks:
         assert share - 64 < held < share + 64  # padding at the end of each group's flat buffer
+
+
+def against_the_oracle(rank, world_size, overrides):
+    """Five steps of ZeRO-1, ZeRO-2 and the float64 oracle: norms, and how far ZeRO-2's state is from the others'."""
+    differences = {}
+    runs = {kind: fresh(rank, world_size, [*SETTINGS, *overrides, *ENGINES[kind]]) for kind in ("zero1", "zero2")}
+    runs["oracle"] = fresh(rank, world_size, [*SETTINGS, *overrides])
+    norms = {kind: advance(run, range(1, 6)) for kind, run in runs.items()}
+    oracle = {(f.name, f.kind): f.flat for f in runs["oracle"].engine.fragments()}
+    oracle |= {(name, "master"): parameter.detach().flatten() for name, parameter in runs["oracle"].named}
+    other = {(f.name, f.kind): f.flat for f in runs["zero1"].engine.fragments()}
+    assert runs["zero2"].pipeline.num_microbatches > 1
+    for f in runs["zero2"].engine.fragments():
+        whole = oracle[f.name, f.kind]
+        for expected in (whole[f.start : f.start + f.flat.numel()], other[f.name, f.kind]):
+            error = float((f.flat - expected.double()).norm() / whole.norm())
+            differences[f.kind] = max(error, differences.get(f.kind, 0.0))
+    return norms, differences
+
+
+@pytest.mark.parametrize("layout", ["data2", "expert2_data2", "tensor2_expert2", "pipeline2_data2"])
+def test_zero_2_agrees_with_zero_1_and_with_the_oracle(layout):
+    world_size, overrides = LAYOUTS[layout]
+    for norms, differences in run_ranks(against_the_oracle, world_size, [*overrides, "data.micro_batch=2"]):
+        assert norms["zero2"] == pytest.approx(norms["oracle"], rel=2e-5, abs=0)
+        assert norms["zero2"] == pytest.approx(norms["zero1"], rel=2e-5, abs=0)
+        assert differences.keys() == KINDS
+        assert max(differences.values()) < 2e-5, differences

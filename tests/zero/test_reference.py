@@ -10,8 +10,7 @@ from tests.zero.runs import advance, backward, copies, fresh, rate
 
 def against_torch(rank, world_size, overrides):
     run = fresh(rank, world_size, overrides)
-    optim, twin = run.config.optim, fresh(rank, world_size, overrides).model
-    named = list(twin.named_parameters())
+    optim, named = run.config.optim, fresh(rank, world_size, overrides).named
     theirs = torch.optim.AdamW(
         [
             {"params": [p for name, p in named if decays(name)], "weight_decay": optim.weight_decay},
@@ -25,7 +24,7 @@ def against_torch(rank, world_size, overrides):
         backward(run, step)
         for (_, parameter), (_, ours) in zip(named, run.named, strict=True):
             parameter.grad = ours.grad.clone()
-        expected = torch.nn.utils.clip_grad_norm_(twin.parameters(), optim.clip)
+        expected = torch.nn.utils.clip_grad_norm_([parameter for _, parameter in named], optim.clip)
         for group in theirs.param_groups:
             group["lr"] = rate(step)
         theirs.step()

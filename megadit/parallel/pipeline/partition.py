@@ -1,4 +1,4 @@
-"""Layers to stages, balanced by cost."""
+"""Layers to stages, balanced by cost, and stages to ranks."""
 
 from __future__ import annotations
 
@@ -39,3 +39,19 @@ def partition(costs: Sequence[float], num_stages: int) -> list[range]:
         stages.append(range(first, end))
         first = end
     return stages
+
+
+def stage_indices(schedule: str, rank: int, num_ranks: int, stages_per_rank: int) -> list[int]:
+    """The stages that a pipeline rank holds, ascending.
+
+    "interleaved" deals them out in turn (arXiv 2104.04473), "zbv" down and up again, as a V (arXiv 2401.10241).
+
+    >>> [stage_indices("interleaved", rank, 2, 2) for rank in range(2)]
+    [[0, 2], [1, 3]]
+    >>> [stage_indices("zbv", rank, 2, 2) for rank in range(2)]
+    [[0, 3], [1, 2]]
+    """
+    if schedule == "zbv":
+        assert stages_per_rank == 2, "a V has two stages per rank"
+        return [rank, 2 * num_ranks - 1 - rank]
+    return [rank + turn * num_ranks for turn in range(stages_per_rank)]

@@ -5,52 +5,122 @@ With one stage, 1F1B is gradient accumulation, so a single process takes the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleInterleaved1F1B,
+    ScheduleZBVZeroBubble,
+)
 
 from megadit.parallel.grid import Group
+from megadit.parallel.pipeline.partition import stage_indices
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]
+SCHEDULES = {"1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B, "zbv": ScheduleZBVZeroBubble}
+
+LossFunction = Callable[[Any, Tensor], Tensor]
+
+
+class _Stage(PipelineStage):
+    """A stage that says when the gradients of one microbatch are in `p.grad`."""
+
+    def __init__(self, *args: Any, after_backward: Callable[[], None], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._after_backward = after_backward
+
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Tensor | None = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
+        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        if self.has_backward and full_backward:
+            self._after_backward()
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        if self.has_backward:
+            self._after_backward()
+
+    # Without a backward pass, a schedule still hands gradients between two stages of one rank: there are none.
+
+    def get_local_bwd_output(self, mb_index: int) -> tuple[Tensor | None, ...]:
+        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: tuple[Tensor | None, ...], mb_index: int) -> None:
+        if self.has_backward:
+            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
 
 
 class Pipeline:
-    """One process's stage and the schedules that run it.
+    """One process's stages and the schedules that run them.
 
-    The stage is called with the carry of the stage before it (the first one: with the batch) and with keyword
+    A stage is called with the carry of the stage before it (the first one: with the batch) and with keyword
     arguments, which every rank supplies from its own copy of the batch; those must not require gradients, for the
     schedules would drop them silently.
     """
 
     def __init__(
-        self, stage: nn.Module, group: Group, device: torch.device, num_microbatches: int, loss: LossFunction
+        self,
+        stages: Sequence[nn.Module],
+        group: Group,
+        device: torch.device,
+        num_microbatches: int,
+        loss: LossFunction,
+        schedule: str = "1f1b",
+        after_backward: Callable[[], None] = lambda: None,
     ) -> None:
-        """`loss(output, target)` of one microbatch is a scalar; gradients of all microbatches are summed."""
-        self.stage, self.group, self.device, self.loss = stage, group, device, loss
-        self.num_microbatches = num_microbatches
+        """`stages`: those of `stage_indices`, in that order. `loss(output, target)` of one microbatch is a scalar.
+
+        Gradients of all microbatches are summed in `p.grad`; `after_backward` is called when those of one microbatch
+        of one stage are there, and may take them away.
+        """
+        self.stages, self.group, self.device, self.loss = stages, group, device, loss
+        self.num_microbatches, self.schedule, self.after_backward = num_microbatches, schedule, after_backward
+        self.num_stages = len(stages) * group.size
+        self.indices = stage_indices(schedule, group.rank, group.size, len(stages))
         # A schedule fixes the shapes of what it sends, so there is one for each shape.
-        self._schedules: dict[Any, Schedule1F1B] = {}
+        self._schedules: dict[Any, Any] = {}
 
     @property
     def is_first(self) -> bool:
-        return self.group.rank == 0
+        """Whether this rank holds the first stage."""
+        return 0 in self.indices
 
     @property
     def is_last(self) -> bool:
-        return self.group.rank == self.group.size - 1
+        """Whether this rank holds the last stage."""
+        return self.num_stages - 1 in self.indices
 
-    def _schedule(self, train: bool, num_microbatches: int, batch: Tensor, keywords: dict[str, Any]) -> Schedule1F1B:
+    @property
+    def last_rank(self) -> int:
+        """The rank, in the pipeline's group, of the last stage."""
+        return 0 if self.schedule == "zbv" else self.group.size - 1
+
+    def _schedule(self, train: bool, num_microbatches: int, batch: Tensor, keywords: dict[str, Any]) -> Any:
         shapes = tuple((key, value.shape if isinstance(value, Tensor) else value) for key, value in keywords.items())
         key = (train, num_microbatches, batch.shape, shapes)
         if key not in self._schedules:
-            stage = PipelineStage(self.stage, self.group.rank, self.group.size, self.device, group=self.group.handle)
+            stages = [
+                _Stage(
+                    module,
+                    index,
+                    self.num_stages,
+                    self.device,
+                    group=self.group.handle,
+                    after_backward=self.after_backward,
+                )
+                for index, module in zip(self.indices, self.stages, strict=True)
+            ]
             # scale_grads would divide p.grad after the fact, also what other steps accumulated: the loss divides.
-            self._schedules[key] = Schedule1F1B(
-                stage, num_microbatches, loss_fn=self.loss if train else None, scale_grads=False
+            self._schedules[key] = SCHEDULES[self.schedule](
+                stages[0] if self.schedule == "1f1b" else stages,
+                num_microbatches,
+                loss_fn=self.loss if train else None,
+                scale_grads=False,
             )
         return self._schedules[key]
 
@@ -72,20 +142,20 @@ class Pipeline:
             return_outputs=False,
             **keywords,
         )
-        total = batch.new_zeros(())
+        total = batch.new_zeros((), dtype=torch.promote_types(batch.dtype, torch.float32))
         for loss in losses:
             total += loss.detach()
         return total
 
     @torch.no_grad()
-    def forward(self, batch: Tensor, keywords: dict[str, Any], num_microbatches: int = 1) -> Tensor:
-        """The last stage's output, on every rank of the pipeline; it has the shape and the dtype of `batch`.
+    def forward(self, batch: Tensor, keywords: dict[str, Any], num_microbatches: int = 1, multiple: int = 1) -> Tensor:
+        """The last stage's output (the first of them), on every rank; it has the shape and the dtype of `batch`.
 
-        The batch is cut into `num_microbatches`, at least one for each stage, and padded with copies of its last
-        sample to fill them.
+        The batch is cut into `num_microbatches`, at least one for each rank, and padded with copies of its last
+        sample to fill them; each is a `multiple` of that many samples.
         """
         size, count = batch.shape[0], max(num_microbatches, self.group.size)
-        padded = -(-size // count) * count
+        padded = -(-size // (count * multiple)) * count * multiple
 
         def pad(value: Any) -> Any:
             if not isinstance(value, Tensor) or padded == size:
@@ -94,7 +164,8 @@ class Pipeline:
 
         batch, keywords = pad(batch), {key: pad(value) for key, value in keywords.items()}
         output = self._schedule(False, count, batch, keywords).eval(*([batch] if self.is_first else []), **keywords)
+        output = output[0] if isinstance(output, tuple) else output
         if self.group.size > 1:
             output = output.contiguous() if self.is_last else batch.new_empty(batch.shape)
-            dist.broadcast(output, group=self.group.handle, group_src=self.group.size - 1)
+            dist.broadcast(output, group=self.group.handle, group_src=self.last_rank)
         return output[:size]

@@ -40,8 +40,12 @@ class RowParallelLinear(nn.Module):
         # Added once, after the sum.
         self.bias = placed((out_width,), Placement(partial=region.partial)) if bias else None
 
+    def share(self, x: Tensor) -> Tensor:
+        """This rank's share of the sum, before it leaves the region, and without the bias."""
+        return F.linear(x, self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
-        y = self.region.leave(F.linear(x, self.weight))
+        y = self.region.leave(self.share(x))
         return y if self.bias is None else y + self.bias
 
 

@@ -94,6 +94,17 @@ class _ReduceScatter(torch.autograd.Function):
         return ctx.group.all_gather(grad, ctx.dim), None, None
 
 
+class _CountOnce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.size = group.size
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad / ctx.size, None
+
+
 def enter(x: Tensor, group: Group) -> Tensor:
     """Where a replicated tensor meets work that is cut over the group: identity forward, sum of gradients backward."""
     return _Enter.apply(x, group)
@@ -123,6 +134,13 @@ class Region(Protocol):
     def collect_tokens(self, x_BTD: Tensor) -> Tensor:
         """Tokens as they lie between layers -> all tokens, replicated."""
 
+    def sum_tokens(self, x: Tensor) -> Tensor:
+        """A sum over the tokens as they lie between layers -> the sum over all tokens, replicated."""
+
+    def count_once(self, x: Tensor) -> Tensor:
+        """An entered tensor for work between the layers. Work that every rank repeats would count its gradient on each
+        of them in the sum at entering."""
+
 
 class ReplicatedTokens:
     """Every rank of the group holds every token between the layers (Megatron's tensor parallelism)."""
@@ -146,6 +164,12 @@ class ReplicatedTokens:
 
     def collect_tokens(self, x_BTD: Tensor) -> Tensor:
         return x_BTD
+
+    def sum_tokens(self, x: Tensor) -> Tensor:
+        return x
+
+    def count_once(self, x: Tensor) -> Tensor:
+        return _CountOnce.apply(x, self.group)
 
 
 class CutTokens:
@@ -171,3 +195,9 @@ class CutTokens:
 
     def collect_tokens(self, x_BTD: Tensor) -> Tensor:
         return _Gather.apply(x_BTD, self.group, TOKENS)
+
+    def sum_tokens(self, x: Tensor) -> Tensor:
+        return _Leave.apply(x, self.group)
+
+    def count_once(self, x: Tensor) -> Tensor:
+        return x
