@@ -284,7 +284,7 @@ def schedule_composes(config: RunConfig, world_size: int) -> Iterator[str]:
             f"run.recompute=none, or {other}"
         )
     if config.zero.stage == 2:
-        yield f"zero.stage=2 is not proven under zbv, which splits gradients off the backward pass; use zero.stage=1, or {other}"
+        yield f"zero.stage=2 is not proven under zbv, whose backward pass is split; use zero.stage=1, or {other}"
     if config.run.compile:
         yield f"run.compile=true cannot split the backward pass as zbv does; use run.compile=false, or {other}"
 

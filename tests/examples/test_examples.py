@@ -18,7 +18,8 @@ SCRIPTS = sorted(
 CONFIGS = sorted(Path("examples").rglob("*.yaml"))
 STARTS = r"(?:-m megadit\.train --config|bash examples/launch/\w+\.sh)"
 PAGES = [Path("README.md"), *SCRIPTS]
-WORLDS = {"digits": (1, 2), "digits_dense": (1, 2), "digits_class": (1, 2)}  # processes besides the fewest that the degrees need
+# Processes besides the fewest that the degrees need.
+WORLDS = {"digits": (1, 2), "digits_dense": (1, 2), "digits_class": (1, 2)}
 
 
 def test_the_lists_are_not_empty():

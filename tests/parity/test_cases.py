@@ -54,6 +54,10 @@ def test_on_eight_ranks_every_pair_of_layout_and_options_is_covered():
     for one, other in combinations([field.name for field in fields(Case)], 2):
         wanted = {(getattr(case, one), getattr(case, other)) for case in everything}
         assert {(getattr(case, one), getattr(case, other)) for case in cases} == wanted, (one, other)
+    # Every option also on tensor regions whose tokens are not cut.
+    for option in ("schedule", "recompute", "engine", "model"):
+        regions = {(case.sequence, getattr(case, option)) for case in cases if case.layout.tp > 1}
+        assert regions == set(product((False, True), {getattr(case, option) for case in everything}))
     assert len(cases) < 1.1 * len(layouts_of(8)) * len(MODELS)
 
 
