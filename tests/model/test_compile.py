@@ -1,5 +1,6 @@
 """Compiled blocks and stages: one graph without breaks, compiled once, that computes what the eager ones do."""
 
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -103,8 +104,13 @@ def test_a_compiled_block_may_recompute_its_experts(compile_block):
 
 @pytest.mark.drill
 @pytest.mark.timeout(900)
-def test_a_block_through_inductor_is_the_eager_one(compile_block):
-    compile_block(1, "inductor", **NUCLEUS_LIKE)
+@pytest.mark.parametrize("block", ["expert_choice", "nucleus_like_pairs"])
+def test_a_block_through_inductor_is_the_eager_one(compile_block, block):
+    layer, changes = BLOCKS[block]
+    # torch 2.13 on a CPU: a kernel fused anew forgets that it reads what a scatter wrote, and this pass puts it first.
+    inductor = importlib.import_module("torch._inductor.config")  # five seconds, which the other tests need not spend
+    with inductor.patch(reorder_for_peak_memory=False):
+        compile_block(layer, "inductor", **changes)
 
 
 @pytest.fixture
@@ -202,7 +208,7 @@ def block_of_rank(rank, world_size, layout, region_of, layer):
 @pytest.mark.parametrize(
     ("layout", "region_of"),
     [
-        ({"pp": 1, "edp": 1, "ep": 1, "tp": 2}, ReplicatedTokens),
+        pytest.param({"pp": 1, "edp": 1, "ep": 1, "tp": 2}, ReplicatedTokens, marks=pytest.mark.drill),
         ({"pp": 1, "edp": 1, "ep": 1, "tp": 2}, CutTokens),
         ({"pp": 1, "edp": 1, "ep": 2, "tp": 1}, ReplicatedTokens),
     ],

@@ -144,6 +144,8 @@ FIXED = {
     "classes": {"conditioning": "class", "classes": 3},
     "dense": {"routing": "dense"},
 }
+CASES = [(model, "none") for model in FIXED]
+CASES += [(model, recompute) for model in ("expert_choice", "capacity") for recompute in ("block", "moe")]
 DROPLESS = TOKEN_CHOICE | {"dropless": True}
 
 
@@ -161,8 +163,7 @@ def loss_of(network, image, keywords):
     return sum(part.square().sum() for part in (out if isinstance(out, tuple) else (out,)))
 
 
-@pytest.mark.parametrize("recompute", ["none", "block", "moe"])
-@pytest.mark.parametrize("model", FIXED)
+@pytest.mark.parametrize(("model", "recompute"), CASES)
 def test_a_model_of_fixed_shapes_never_waits(model_of, randn, model, recompute):
     network = model_of(FIXED[model], recompute)
     image, keywords = batch_of(network.config, randn)
@@ -189,8 +190,7 @@ def on_meta(value):
     return value.to("meta") if isinstance(value, torch.Tensor) else value
 
 
-@pytest.mark.parametrize("recompute", ["none", "block", "moe"])
-@pytest.mark.parametrize("model", FIXED)
+@pytest.mark.parametrize(("model", "recompute"), CASES)
 def test_no_shape_depends_on_data(model_of, randn, model, recompute):
     """Nor is anything sent to another device, which no operator tells of on a CPU."""
     network = model_of(FIXED[model], recompute)
