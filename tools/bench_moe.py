@@ -21,16 +21,16 @@ within each round, and its median and quartiles are printed. One untimed round c
   nucleus-loop         diffusers' NucleusMoELayer in the same configuration, a loop over experts
   nucleus-grouped      the same with grouped matrix products
 
-GFLOP counts the matrix products of forward and backward that were really done. "x ours" divides by our row that
-computes the same: by ours-nucleus for the nucleus rows, by ours for the others.
+GFLOP counts the matrix products of forward and backward that were really done. "x ours" divides by our layer in the
+same configuration: by ours-nucleus for the nucleus rows, by ours for the others.
 
 "Peak" is the most memory that a step holds above weights and inputs, that is activations, gradients and temporaries:
 on CUDA torch.cuda.max_memory_allocated; on the CPU the running sum of all allocations and frees that torch's
 allocator reports to the profiler in an untimed step (what a maths library allocates for itself is not in it).
 
-What cannot run here says why. The tool needs about five times the memory of the experts' weights. On the CPU, new
-memory for the weights' gradients costs much of the time; with THP_MEM_ALLOC_ENABLE=1 in the environment torch asks for
-huge pages, which makes it several times cheaper, for every contestant.
+What cannot run here says why. The tool needs about five times the memory of the experts' weights. On the CPU a part of
+each step goes into page faults of fresh memory, that of the weights' gradients above all: more with more experts, for
+every contestant.
 """
 
 from __future__ import annotations
@@ -68,6 +68,8 @@ from megadit.parallel.tensor.mappings import ReplicatedTokens
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 TOP_K = 2
 LAYER = 0
+# Variables that change what fresh memory costs.
+ALLOCATION = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD", "THP_MEM_ALLOC_ENABLE")
 
 
 class CannotRun(Exception):
@@ -474,7 +476,7 @@ def hardware(device: str) -> dict[str, Any]:
         found["processor"] = names[0] if names else "unknown"
     if pages.exists():
         found["huge_pages"] = pages.read_text().strip()
-    found["THP_MEM_ALLOC_ENABLE"] = os.environ.get("THP_MEM_ALLOC_ENABLE", "")
+    found["environment"] = {key: os.environ[key] for key in ALLOCATION if key in os.environ}
     found |= {"threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 2)}
     if device == "cuda":
         found |= {"gpu": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability()}
