@@ -131,6 +131,8 @@ def build_stages(config: RunConfig, grid: Grid, device: torch.device) -> list[EC
     parallel, group = config.parallel, grid["pp"]
     model = replace(config.model, routing_group=images_per_group(config))
     layers = partition(stage_costs(model, config.text), group.size * parallel.stages_on_rank)
+    if config.run.compile:
+        prepare_compiler(device)
     stages = []
     for index in stage_indices(parallel.schedule, group.rank, group.size, parallel.stages_on_rank):
         stage = ECDiT(model, config.text, layers[index], region_of(config, grid), grid["ep"], config.run.recompute)
@@ -139,6 +141,17 @@ def build_stages(config: RunConfig, grid: Grid, device: torch.device) -> list[EC
             for block in stage.blocks.values():
                 block.compile(fullgraph=True, dynamic=False)
     return stages
+
+
+def prepare_compiler(device: torch.device) -> None:
+    """Settings of torch.compile that blocks need."""
+    # Graphs of one block's code: kinds of block x shapes of batches x with and without gradients. The default is 8.
+    torch._dynamo.config.recompile_limit = 128
+    if device.type == "cpu":
+        # torch 2.13's kernels for CPUs forget that they read what a scatter wrote; this pass then reads it too early.
+        import torch._inductor.config as inductor  # seconds
+
+        inductor.reorder_for_peak_memory = False
 
 
 def mean_over(samples: int, balance_weight: float) -> LossFunction:

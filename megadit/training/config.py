@@ -302,6 +302,11 @@ def routing_makes_sense(config: RunConfig, world_size: int) -> Iterator[str]:
                 )
     elif model.top_k > model.experts:
         yield f"model.top_k={model.top_k} asks for more experts than model.experts={model.experts}; use at most that"
+    if model.normalise_gates and model.gate == "identity":
+        yield (
+            "model.normalise_gates=true divides by a token's sum of gates, which identity gates may bring to zero; use "
+            "model.gate=softmax or sigmoid"
+        )
     for layer, factor in model.capacity_overrides.items():
         if not (0 <= layer < model.layers and model.is_moe(layer)):
             has = _join([number for number in range(model.layers) if model.is_moe(number)])

@@ -117,6 +117,11 @@ CASES = {
         ["model.balance_loss=0.1"],
         ["model.balance_loss=0.1 is for token choice", "model.routing=token_choice"],
     ),
+    "normalised gates of any sign": (
+        1,
+        ["model.normalise_gates=true", "model.gate=identity"],
+        ["model.normalise_gates=true divides", "model.gate=softmax or sigmoid"],
+    ),
     "more choices than experts": (
         1,
         ["model.routing=token_choice", "model.top_k=5"],
