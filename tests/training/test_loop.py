@@ -72,7 +72,7 @@ def test_every_step_has_a_line_with_every_key(watched):
         assert line.keys() == keys | {"routing"} | evaluated
         assert all(math.isfinite(line[key]) and line[key] > 0 for key in keys | evaluated)
         assert line["routing"].keys() == {"1", "3"}
-        assert all(stats.keys() == {"unpicked", "busiest", "entropy"} for stats in line["routing"].values())
+        assert all(stats.keys() == {"picks", "unpicked", "busiest", "entropy"} for stats in line["routing"].values())
 
 
 def test_rates_follow_from_the_seconds(watched):
@@ -89,6 +89,15 @@ def test_pictures_are_grids_of_the_right_size(watched):
     folder, _ = watched
     with Image.open(folder / "samples" / "step_00000004.png") as picture:
         assert (picture.mode, picture.size) == ("L", (6 * (10 * 9 + 1), 6 * (9 + 1)))
+
+
+def test_looking_every_third_step_leaves_the_same_line_for_each(tmp_path):
+    each, third = (train(tmp_path / every, 1, f"log.every={every}", "checkpoint.every=100") for every in ("1", "3"))
+    assert [line["step"] for line in third] == [1, 2, 3, 4, 5]
+    for one, other in zip(each, third, strict=True):
+        assert all(one[key] == other[key] for key in ("loss", "grad_norm", "lr", "routing"))
+    seconds = [line["seconds"] for line in third]
+    assert len(set(seconds[:3])) == len(set(seconds[3:])) == 1, "the mean of the steps between two looks"
 
 
 @pytest.mark.parametrize("overrides", [[], ["run.dtype=float32", "zero.stage=1"]], ids=["stage0", "stage1"])
