@@ -63,5 +63,9 @@ def test_data_parallel_ranks_share_the_batch_and_model_parallel_ranks_repeat_it(
 def test_the_losses_of_the_microbatches_add_up_to_the_batchs_mean():
     generator = torch.Generator().manual_seed(0)
     prediction, target = torch.randn(2, 6, 1, 4, 4, generator=generator, dtype=torch.float64)
-    parts = [mean_over(6)(p, t) for p, t in zip(prediction.split([4, 2]), target.split([4, 2]), strict=True)]
-    torch.testing.assert_close(sum(parts), (prediction - target).square().mean(), rtol=1e-14, atol=0)
+    balance = torch.rand(6, generator=generator, dtype=torch.float64)  # of each image
+    loss, pieces = mean_over(6, balance_weight=0.1), ([0, 1, 2, 3], [4, 5])
+    plain = [loss(prediction[part], target[part]) for part in pieces]
+    torch.testing.assert_close(sum(plain), (prediction - target).square().mean(), rtol=1e-14, atol=0)
+    balanced = [loss((prediction[part], balance[part].sum().view(1)), target[part]) for part in pieces]
+    torch.testing.assert_close(sum(balanced), sum(plain) + 0.1 * balance.mean(), rtol=1e-14, atol=0)
