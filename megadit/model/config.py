@@ -80,6 +80,12 @@ class ECDiTConfig:
         """Whether the stages hand a load-balancing loss on."""
         return self.routing == "token_choice" and self.balance_loss > 0 and self.has_experts
 
+    @property
+    def group_images(self) -> int:
+        """Images of a routing group."""
+        assert self.routing_group != "batch", "assembly puts the number of images of a microbatch there"
+        return 1 if self.routing_group == "sample" else self.routing_group
+
     def is_moe(self, layer: int) -> bool:
         """Whether the layer (counted from 0) has experts: layers 1, 3, 5, ... when `moe_every` is 2."""
         routed = self.routing != "dense" and self.experts > 0

@@ -38,9 +38,7 @@ def _moe_products(config: ECDiTConfig, layer: int) -> float:
     if config.routing == "token_choice" and config.dropless:
         picks: float = tokens * config.top_k
     else:
-        assert config.routing_group != "batch", "assembly puts the number of images of a microbatch there"
-        images = 1 if config.routing_group == "sample" else config.routing_group
-        picks = config.experts * config.capacity(layer, tokens * images) / images
+        picks = config.experts * config.capacity(layer, tokens * config.group_images) / config.group_images
     router = tokens * width * config.experts
     if config.router_input == "timestep":
         router += width * config.experts

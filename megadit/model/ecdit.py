@@ -38,7 +38,7 @@ class ECDiT(nn.Module):
     ) -> None:
         """`recompute`: of each block, or of each mixture of experts, keep the inputs only and run it again backward."""
         super().__init__()
-        self.config, self.recompute, self.tensor_group = config, recompute, region.group
+        self.has_balance_loss, self.recompute, self.tensor_group = config.has_balance_loss, recompute, region.group
         self.embed = Embedding(config, text, region) if layers.start == 0 else None
         self.blocks = nn.ModuleDict(
             {str(layer): Block(config, text.width, layer, region, expert_group, recompute == "moe") for layer in layers}
@@ -72,10 +72,10 @@ class ECDiT(nn.Module):
         if self.embed is not None:
             (image_BCHW,) = carry
             carry = self.embed(image_BCHW, timesteps_B, text_ids_BL, text_mask_BL, labels_B)
-            if self.config.has_balance_loss:
+            if self.has_balance_loss:
                 carry += (image_BCHW.new_zeros(1, dtype=torch.promote_types(image_BCHW.dtype, torch.float32)),)
         x_BTD, cond_BD, *rest = carry
-        balance = rest.pop() if self.config.has_balance_loss else None
+        balance = rest.pop() if self.has_balance_loss else None
         text_BLX = rest[0] if rest else None
         # Conditioning and text are whole on every rank, but a rank's cut layers send back only their part of the
         # gradient. Entering once per stage makes one sum of it instead of one per layer.

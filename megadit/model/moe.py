@@ -55,8 +55,7 @@ class MoE(nn.Module):
         self.config, self.region, self.expert_group = config, region, expert_group
         # Not the layer's number, which would have torch.compile compile every layer by itself.
         self.capacity_factor = config.capacity_factor_of(layer)
-        assert config.routing_group != "batch", "assembly puts the number of images of a microbatch there"
-        self.images = 1 if config.routing_group == "sample" else config.routing_group
+        self.images, self.has_balance_loss = config.group_images, config.has_balance_loss
         self.local_experts = divide(config.experts, expert_group.size * region.group.size)
         self.reads_time = config.router_input == "timestep"
         self.router = Router(config.width * (1 + self.reads_time), config.experts, region.partial)
@@ -76,7 +75,7 @@ class MoE(nn.Module):
             out_ND, takers_GS, load_E = self._compute(x_GSD, expert_choice(affinity_GSE, self._capacity(affinity_GSE)))
         else:
             choices = token_choice(affinity_GSE, self.config.top_k)
-            balance = self._balance(logits_BTE, choices) if self.config.has_balance_loss else None
+            balance = self._balance(logits_BTE, choices) if self.has_balance_loss else None
             if self.config.dropless:
                 out_ND, takers_GS, load_E = self._compute_ragged(x_GSD, choices)
             else:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from megadit.model import moe
-from megadit.parallel.init import Normal, initialise
-from megadit.runtime.launch import Process
-from megadit.training.build import Run, build_run, read_inputs
-from megadit.training.config import check, load_config
+from megadit.parallel.init import Normal
+from megadit.training.build import Run
+from megadit.training.config import load_config
 from megadit.training.state import logical_state
 from megadit.training.step import read, train_step
 from tests.ranks import run_ranks
+from tests.training.assembled import assembled, redraw
 
 CONFIG = "tests/configs/parity.yaml"
 TIE = 5e-6  # relative; rounding to float32 moves half of the affinities by 5e-7 or less, and one in a thousand by this
@@ -53,16 +53,8 @@ def init_of(name: str) -> AroundOne | Normal:
 
 def start(rank: int, world_size: int, overrides: Sequence[str]) -> Run:
     """A run on this rank with the weights of `init_of`."""
-    config = load_config(CONFIG, overrides)
-    process = Process(rank, world_size, rank, torch.device("cpu"))
-    run = build_run(config, check(config, world_size), read_inputs(config), process)
-    initialise(run.named, run.grid, 1, init_of)
-    parameters = dict(run.named)
-    for fragment in run.engine.fragments():
-        if fragment.kind == "master":
-            flat = parameters[fragment.name].detach().flatten()
-            fragment.flat.copy_(flat[fragment.start : fragment.start + fragment.flat.numel()])
-    run.engine.restored(0)
+    run = assembled(rank, world_size, *overrides, path=CONFIG)
+    redraw(run, 1, init_of)
     return run
 
 

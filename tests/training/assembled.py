@@ -1,7 +1,10 @@
 """A run assembled on one rank of a test, as `megadit.train` assembles it."""
 
+from collections.abc import Callable
+
 import torch
 
+from megadit.parallel.init import Init, initialise
 from megadit.runtime.launch import Process
 from megadit.training.build import Run, build_run, read_inputs
 from megadit.training.config import check, load_config
@@ -9,8 +12,19 @@ from megadit.training.config import check, load_config
 CONFIG = "tests/configs/tiny.yaml"
 
 
-def assembled(rank: int, world_size: int, *overrides: str) -> Run:
-    """The run of tiny.yaml with `overrides`, before its first step. Collective."""
-    config = load_config(CONFIG, overrides)
+def assembled(rank: int, world_size: int, *overrides: str, path: str = CONFIG) -> Run:
+    """The run of a configuration with `overrides`, before its first step. Collective."""
+    config = load_config(path, overrides)
     process = Process(rank, world_size, rank, torch.device("cpu"))
     return build_run(config, check(config, world_size), read_inputs(config), process)
+
+
+def redraw(run: Run, seed: int, init_of: Callable[[str], Init]) -> None:
+    """Give the run other weights, its masters too."""
+    initialise(run.named, run.grid, seed, init_of)
+    parameters = dict(run.named)
+    for fragment in run.engine.fragments():
+        if fragment.kind == "master":
+            flat = parameters[fragment.name].detach().flatten()
+            fragment.flat.copy_(flat[fragment.start : fragment.start + fragment.flat.numel()])
+    run.engine.restored(0)

@@ -1,26 +1,14 @@
 """Small runs for the tests of the engines: build, step, and look at the state."""
 
-import torch
-
-from megadit.parallel.init import Normal, initialise
-from megadit.runtime.launch import Process
-from megadit.training.build import build_run, read_inputs
-from megadit.training.config import check, load_config
+from megadit.parallel.init import Normal
 from megadit.training.step import prepare
+from tests.training.assembled import assembled, redraw
 
 
 def fresh(rank, world_size, overrides, seed=1):
     """A run on this rank; no parameter starts at zero, so that every one of them moves."""
-    config = load_config("tests/configs/tiny.yaml", overrides)
-    process = Process(rank, world_size, rank, torch.device("cpu"))
-    run = build_run(config, check(config, world_size), read_inputs(config), process)
-    initialise(run.named, run.grid, seed, lambda name: Normal(0.05))
-    parameters = dict(run.named)
-    for fragment in run.engine.fragments():
-        if fragment.kind == "master":
-            flat = parameters[fragment.name].detach().flatten()
-            fragment.flat.copy_(flat[fragment.start : fragment.start + fragment.flat.numel()])
-    run.engine.restored(0)
+    run = assembled(rank, world_size, *overrides)
+    redraw(run, seed, lambda name: Normal(0.05))
     return run
 
 
