@@ -38,7 +38,8 @@ class ECDiT(nn.Module):
     ) -> None:
         """`recompute`: of each block, or of each mixture of experts, keep the inputs only and run it again backward."""
         super().__init__()
-        self.has_balance_loss, self.recompute, self.tensor_group = config.has_balance_loss, recompute, region.group
+        self.config, self.recompute, self.tensor_group = config, recompute, region.group
+        self.has_balance_loss = config.has_balance_loss  # asked once: it looks at every layer
         self.embed = Embedding(config, text, region) if layers.start == 0 else None
         self.blocks = nn.ModuleDict(
             {str(layer): Block(config, text.width, layer, region, expert_group, recompute == "moe") for layer in layers}
