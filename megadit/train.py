@@ -20,11 +20,12 @@ from megadit.runtime.log import setup_logging
 from megadit.runtime.seed import use_deterministic_kernels
 from megadit.training.build import Inputs, build_run, read_inputs
 from megadit.training.config import RunConfig, check, describe, load_config
-from megadit.training.loop import Diverged, prepare_directory, resume, train
+from megadit.training.initial import load_initial
+from megadit.training.loop import Diverged, Unsaved, prepare_directory, resume, train
 
 logger = logging.getLogger("megadit")
 
-DIVERGED, BAD_INPUT = 1, 2  # exit statuses
+DIVERGED, BAD_INPUT, UNSAVED = 1, 2, 3  # exit statuses
 PATIENCE_S = 1200.0  # for another training in the same folder to end
 
 
@@ -53,7 +54,9 @@ def agree(process: Process, fault: str | None) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train. Returns the exit status: 0; 1 when the training diverged; 2 when the input was refused."""
+    """Train. Returns the exit status: 0; 1 when the training diverged; 2 when the input was refused;
+    3 when the last checkpoint could not be written.
+    """
     args = arguments(argv)
     try:
         with process_group() as process:
@@ -91,6 +94,8 @@ def start(process: Process, path: str, overrides: Sequence[str]) -> int:
     assert run is not None
     try:
         step = resume(run)
+        if step == 0 and config.run.init_from:
+            load_initial(run)
         if step < config.run.steps:
             prepare_directory(run)
     except ValueError as error:
@@ -105,10 +110,10 @@ def start(process: Process, path: str, overrides: Sequence[str]) -> int:
                 config.run.dtype, parameters)  # fmt: skip
     try:
         train(run, step)
-    except Diverged as error:
+    except (Diverged, Unsaved) as error:
         if process.is_main:
             logger.error("%s", error)
-        return DIVERGED
+        return DIVERGED if isinstance(error, Diverged) else UNSAVED
     finally:
         if lock is not None:
             lock.close()

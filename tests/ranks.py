@@ -279,8 +279,12 @@ def train_on(world_size: int, *argv: str, environ: dict[str, str] | None = None)
         ranks.kill()
 
 
-def train_and_kill(world_size: int, when: Callable[[], bool], *argv: str) -> None:
-    """Start a training and SIGKILL every rank as soon as `when()` is true."""
+def train_and_kill(world_size: int, when: Callable[[], bool], *argv: str, victims: Sequence[int] | None = None) -> None:
+    """Start a training and SIGKILL the `victims` (default: every rank) as soon as `when()` is true.
+
+    The others must end by themselves, with an error.
+    """
+    victims = range(world_size) if victims is None else victims
     ranks = _Ranks()
     try:
         ranks.ask(world_size, _train, launcher_environ(world_size), argv)
@@ -289,9 +293,12 @@ def train_and_kill(world_size: int, when: Callable[[], bool], *argv: str) -> Non
             assert time.monotonic() < deadline, "the moment to kill did not come"
             ended = multiprocessing.connection.wait(ranks.ends, timeout=0.001)
             assert not ended, "a rank ended before the moment to kill"
-        for process in ranks.processes:
-            process.kill()
+        for rank in victims:
+            ranks.processes[rank].kill()
         for rank in range(world_size):
-            assert isinstance(ranks.receive(rank)[1], ChildProcessError), f"rank {rank} ended before it was killed"
+            assert ranks.ends[rank].poll(TIME_LIMIT), f"rank {rank} goes on without rank {victims[0]}"
+            good, value, _ = ranks.receive(rank)
+            killed = isinstance(value, ChildProcessError)
+            assert killed == (rank in victims) and not good, f"rank {rank} ended by itself: {value}"
     finally:
         ranks.kill()

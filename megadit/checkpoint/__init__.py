@@ -1,12 +1,26 @@
 """Checkpoints without a layout: whole, named, logical tensors (README.md has the picture)."""
 
 from megadit.checkpoint.boxes import Box, flat_range_boxes
-from megadit.checkpoint.store import LogicalTensor, Piece, latest, load, load_tensors, read_manifest, save
+from megadit.checkpoint.saver import Saver
+from megadit.checkpoint.store import (
+    DTYPES,
+    LogicalTensor,
+    Piece,
+    SaveError,
+    latest,
+    load,
+    load_tensors,
+    read_manifest,
+    save,
+)
 
 __all__ = [
+    "DTYPES",
     "Box",
     "LogicalTensor",
     "Piece",
+    "SaveError",
+    "Saver",
     "flat_range_boxes",
     "latest",
     "load",

@@ -79,6 +79,13 @@ def check_file(path: Path, size: int, sha256: str | None) -> None:
 def begin(folder: Path, step: int) -> None:
     """Clear away what killed saves left behind and make the folder to write `step` into."""
     folder.mkdir(parents=True, exist_ok=True)
+    clear(folder)
+    partial_path(folder, step).mkdir()
+
+
+def clear(folder: Path) -> None:
+    """Remove what saves left behind that were killed or failed, so that its room is free again."""
+    (folder / f"{_LATEST}.new").unlink(missing_ok=True)
     for stale in sorted(folder.glob("step_*.partial")):
         shutil.rmtree(stale, ignore_errors=True)
     for replaced in sorted(folder.glob("step_*.replaced")):
@@ -86,20 +93,23 @@ def begin(folder: Path, step: int) -> None:
             _discard(replaced)
         else:
             replaced.rename(replaced.with_suffix(""))
-    partial_path(folder, step).mkdir()
 
 
-def commit(folder: Path, step: int, manifest: dict, keep: int) -> None:
-    """Turn the finished partial folder of `step` into the latest checkpoint; of the others leave `keep` - 1, if > 0."""
+def commit(folder: Path, step: int, manifest: dict, keep: int, keep_every: int = 0) -> None:
+    """Turn the finished partial folder of `step` into the latest checkpoint.
+
+    Of the others leave `keep` - 1, if > 0, and, if `keep_every` > 0, those whose step is a multiple of it.
+    """
     partial, final = partial_path(folder, step), step_path(folder, step)
     replaced = final.with_suffix(".replaced")
     _write_synced(partial / _MANIFEST, json.dumps(manifest))
     _sync_folder(partial)
+    # All that needs room on the disk comes before the first rename: a full disk leaves the old state.
+    _write_synced(folder / f"{_LATEST}.new", final.name + "\n")
     if final.exists():
         final.rename(replaced)
     partial.rename(final)
     _sync_folder(folder)
-    _write_synced(folder / f"{_LATEST}.new", final.name + "\n")
     os.replace(folder / f"{_LATEST}.new", folder / _LATEST)
     _sync_folder(folder)
     if replaced.exists():
@@ -108,7 +118,8 @@ def commit(folder: Path, step: int, manifest: dict, keep: int) -> None:
         # Later steps first: they are of a course that was abandoned when the run went back.
         others = sorted(_complete(folder).keys() - {step}, key=lambda other: (other < step, other))
         for other in others[: max(0, len(others) - keep + 1)]:
-            _discard(step_path(folder, other))
+            if not (keep_every and other % keep_every == 0):
+                _discard(step_path(folder, other))
 
 
 def _complete(folder: Path) -> dict[int, Path]:

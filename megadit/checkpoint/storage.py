@@ -193,8 +193,11 @@ class SavedFile:
 class Writer(StorageWriter):
     """Writes one safetensors file per rank; rank 0 then writes the manifest and makes the checkpoint the latest."""
 
-    def __init__(self, folder: Path, step: int, metadata: Mapping[str, object], keep: int) -> None:
-        self.folder, self.step, self.metadata, self.keep = folder, step, metadata, keep
+    def __init__(
+        self, folder: Path, step: int, metadata: Mapping[str, object], keep: int = 0, keep_every: int = 0
+    ) -> None:
+        self.folder, self.step, self.metadata = folder, step, metadata
+        self.keep, self.keep_every = keep, keep_every
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
         pass
@@ -269,7 +272,7 @@ class Writer(StorageWriter):
             "files": [asdict(file) for file in files.values()],
             "tensors": tensors,
         }
-        disk.commit(self.folder, self.step, manifest, self.keep)
+        disk.commit(self.folder, self.step, manifest, self.keep, self.keep_every)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:

@@ -6,6 +6,7 @@ writer keeps one shard per tensor and rank. So boxes go to plain safetensors fil
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megadit.checkpoint.folder import latest, read_manifest, step_path
+from megadit.checkpoint.folder import clear, latest, read_manifest, step_path
 from megadit.checkpoint.storage import (
     DTYPES,
     LogicalTensor,
@@ -27,24 +28,43 @@ from megadit.checkpoint.storage import (
     Writer,
 )
 
-__all__ = ["LogicalTensor", "Piece", "latest", "load", "load_tensors", "read_manifest", "save"]
+__all__ = ["DTYPES", "LogicalTensor", "Piece", "SaveError", "latest", "load", "load_tensors", "read_manifest", "save"]
+
+
+class SaveError(RuntimeError):
+    """A rank could not write its part of a checkpoint; the earlier ones and `latest` are as they were."""
 
 
 def save(
-    folder: Path, step: int, tensors: Mapping[str, LogicalTensor], metadata: Mapping[str, object], keep: int = 0
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, LogicalTensor],
+    metadata: Mapping[str, object],
+    keep: int = 0,
+    keep_every: int = 0,
+    group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Save a checkpoint of `step` under `folder` and make it the latest. Collective; returns its path.
 
     Each rank passes the pieces that it owns: over all ranks they must tile every tensor exactly once. A rank may pass
     names that others do not have, or none. `metadata` is JSON (the resolved config, versions); rank 0's is written.
-    With `keep` > 0 only this checkpoint and the `keep` - 1 newest others stay.
+    With `keep` > 0 this checkpoint and the `keep` - 1 newest others stay, and with `keep_every` > 0 those whose step
+    is a multiple of it. `group`: all ranks in their order, the default group unless given.
 
     Raises on all ranks: ValueError, naming the tensor and before anything is written, if a tensor is not tiled;
-    RuntimeError if a rank could not write. The earlier checkpoints and `latest` are then as they were.
+    SaveError if a rank could not write. The earlier checkpoints and `latest` are then as they were, and what was
+    written is removed.
     """
     folder = Path(folder)
-    with _one_error_for_all_ranks():
-        dcp.save({}, storage_writer=Writer(folder, step, metadata, keep), planner=TilingSavePlanner(tensors))
+    writer = Writer(folder, step, metadata, keep, keep_every)
+    try:
+        dcp.save({}, storage_writer=writer, planner=TilingSavePlanner(tensors), process_group=group)
+    except CheckpointException as error:
+        if dist.get_rank(group) == 0:
+            with contextlib.suppress(OSError):  # the next save tries again
+                clear(folder)
+        dist.barrier(group)  # on every rank the room is free again when this returns
+        raise _of_first_rank(error, of_files=SaveError) from None
     return step_path(folder, step)
 
 
@@ -84,10 +104,21 @@ def load_tensors(path: Path, names: Iterable[str] | None = None, prefix: str = "
 
 @contextmanager
 def _one_error_for_all_ranks() -> Iterator[None]:
-    """DCP's exception, which carries every rank's failure and is not an `Exception`, as the first rank's own."""
+    """DCP's exception carries every rank's failure and is not an `Exception`: raise the first rank's own instead."""
     try:
         yield
     except CheckpointException as error:
-        rank, (cause, _) = min(error.failures.items())
-        kind = ValueError if isinstance(cause, ValueError) else RuntimeError
-        raise kind(f"rank {rank}: {cause}") from cause
+        raise _of_first_rank(error) from None
+
+
+def _of_first_rank(error: CheckpointException, of_files: type[RuntimeError] = RuntimeError) -> Exception:
+    """What the first rank that failed raised; `of_files`: what an OSError becomes."""
+    rank, (cause, _) = min(error.failures.items())
+    kind: type[Exception] = RuntimeError
+    if isinstance(cause, ValueError):
+        kind = ValueError
+    elif isinstance(cause, OSError):
+        kind = of_files
+    raised = kind(f"rank {rank}: {cause}")
+    raised.__cause__ = cause
+    return raised

@@ -22,8 +22,10 @@ class ECDiTConfig:
     feedforward: Literal["gelu", "swiglu"] = "gelu"  # of dense layers, experts and shared experts
     ffn_ratio: float = 4.0  # hidden width of a feed-forward layer, in model widths
     qk_norm: bool = True
-    bias: bool = False  # of the linear layers inside the blocks
-    modulation: Literal["scale_shift", "gated"] = "scale_shift"
+    bias: bool = False  # of the linear layers inside the blocks and of experts; not of routers and shared experts
+    # Of each layer its own linear layer; shared: one for all layers, with gates, and a table of offsets for each.
+    modulation: Literal["scale_shift", "gated", "shared"] = "scale_shift"
+    embedders: Literal["shared", "per_layer"] = "shared"  # of time and class; per_layer: each layer has its own
     conditioning: Literal["text", "class"] = "text"  # class: DiT's, a label in place of a caption
     classes: int = 0  # of conditioning=class
 
@@ -48,7 +50,17 @@ class ECDiTConfig:
 
     image_size: int = 32  # height and width of the latent image that positions are scaled to
     channels: int = 8
+    out_channels: int = 0  # of the output; 0: as channels
     patch: int = 2
+    position_interpolation: float = 1.0  # divides the coordinates of the positions
+    time_frequency_shift: Literal[0, 1] = 0  # 1: the last of the time's frequencies is 1 / 10000, not a step above it
+    attention_norm_eps: float = 1e-6  # of the norm before self-attention
+    feedforward_norm_eps: float = 1e-6  # of the norm before the feed-forward layer
+
+    @property
+    def output_channels(self) -> int:
+        """Channels of the output."""
+        return self.out_channels or self.channels
 
     @property
     def hidden(self) -> int:
@@ -109,12 +121,18 @@ class ECDiTConfig:
         return min(tokens, math.ceil(exact - 1e-9))  # 100 x 1.1 / 10 is a little more than 11 in floating point
 
 
-def _size(layers: int, width: int, kv_heads: int, experts: int) -> dict[str, int]:
+def _size(layers: int, width: int, kv_heads: int, experts: int) -> dict[str, Any]:
     return {"layers": layers, "width": width, "heads": width // 64, "kv_heads": kv_heads, "experts": experts}
 
 
-# EC-DiT's sizes (arXiv 2410.02098). The dense M has 46 layers, the sparse one 38.
-PRESETS: dict[str, dict[str, int]] = {
+# What PixArt and DiT have in common, in their XL/2 sizes: plain attention with biases, no experts, a learned variance.
+_XL_2: dict[str, Any] = {
+    **{"layers": 28, "width": 1152, "heads": 16, "kv_heads": 16, "head_width": 72, "experts": 0},
+    **{"qk_norm": False, "bias": True, "patch": 2, "channels": 4, "out_channels": 8},
+}
+
+# EC-DiT's sizes (arXiv 2410.02098), of which the dense M has 46 layers and the sparse one 38; and its neighbours.
+PRESETS: dict[str, dict[str, Any]] = {
     "ec-dit-xl": _size(28, 1152, 6, 0),
     "ec-dit-xl-32e": _size(28, 1152, 6, 32),
     "ec-dit-xxl": _size(38, 1536, 6, 0),
@@ -125,6 +143,15 @@ PRESETS: dict[str, dict[str, int]] = {
     "ec-dit-3xl-32e": _size(42, 2304, 6, 32),
     "ec-dit-m": _size(46, 3072, 12, 0),
     "ec-dit-m-64e": _size(38, 3072, 12, 64),
+    # PixArt-alpha (arXiv 2310.00426) at 512 pixels, as the transformer's config.json of PixArt-XL-2-512x512 has it. Its
+    # captions are states of T5: text.kind=states, text.channels=4096, text.width=1152, text.length=120.
+    "pixart-xl-2": {**_XL_2, "modulation": "shared", "image_size": 64},
+    # DiT (arXiv 2212.09748) at 256 pixels, as the transformer's config.json of DiT-XL-2-256 has it.
+    "dit-xl-2": {
+        **_XL_2,
+        **{"modulation": "gated", "embedders": "per_layer", "conditioning": "class", "classes": 1000},
+        **{"image_size": 32, "time_frequency_shift": 1, "feedforward_norm_eps": 1e-5},
+    },
 }
 
 # How others route, with any size of model.

@@ -5,9 +5,8 @@ Only matrix products count, two operations per multiply-add, as torch's FlopCoun
 
 from __future__ import annotations
 
-from megadit.model.block import MODULATION_OUTPUTS
 from megadit.model.config import ECDiTConfig
-from megadit.model.embed import TIME_FREQUENCIES
+from megadit.model.embed import MODULATION_OUTPUTS, TIME_FREQUENCIES
 from megadit.model.text import TextConfig
 
 
@@ -20,11 +19,18 @@ def layer_flops(config: ECDiTConfig, text: TextConfig, layer: int) -> float:
         attention += (
             2 * tokens * width * query + 2 * text.length * text.width * key_value + 2 * tokens * text.length * query
         )
-    modulation = MODULATION_OUTPUTS[config.modulation] * width * width
+    modulation = 0 if config.modulation == "shared" else MODULATION_OUTPUTS[config.modulation] * width * width
+    if config.embedders == "per_layer" and layer > 0:
+        modulation += _time_products(config)
     feedforward = (
         _moe_products(config, layer) if config.is_moe(layer) else tokens * _hidden_products(config.hidden, config)
     )
     return 2.0 * (attention + modulation + feedforward)
+
+
+def _time_products(config: ECDiTConfig) -> int:
+    """Multiply-adds of one time embedder, for one image."""
+    return TIME_FREQUENCIES * config.width + config.width**2
 
 
 def _hidden_products(hidden: int, config: ECDiTConfig) -> int:
@@ -48,12 +54,23 @@ def _moe_products(config: ECDiTConfig, layer: int) -> float:
 
 def end_flops(config: ECDiTConfig, text: TextConfig) -> tuple[float, float]:
     """Forward FLOPs of the first part (patches, time, text) and of the last (modulation, head) for one image."""
-    pixels = config.channels * config.patch**2
-    time = TIME_FREQUENCIES * config.width + config.width**2
-    encoder = text.layers * (text.length * 12 * text.width**2 + 2 * text.length**2 * text.width)
-    first = config.tokens * pixels * config.width + time + (encoder if config.conditioning == "text" else 0)
-    last = 2 * config.width**2 + config.tokens * config.width * pixels
+    is_shared = config.modulation == "shared"
+    first = config.tokens * config.channels * config.patch**2 * config.width + _time_products(config)
+    if is_shared:
+        first += MODULATION_OUTPUTS["shared"] * config.width**2
+    if config.conditioning == "text":
+        first += _text_products(text)
+    last = config.tokens * config.width * config.output_channels * config.patch**2
+    if not is_shared:
+        last += 2 * config.width**2
     return 2.0 * first, 2.0 * last
+
+
+def _text_products(text: TextConfig) -> int:
+    """Multiply-adds of the caption's encoder, or of the projection of its states, for one caption."""
+    if text.kind == "states":
+        return text.length * (text.channels + text.width) * text.width
+    return text.layers * (text.length * 12 * text.width**2 + 2 * text.length**2 * text.width)
 
 
 def stage_costs(config: ECDiTConfig, text: TextConfig) -> list[float]:

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megadit.model.config import ECDiTConfig
-from megadit.model.text import TextConfig, TextEncoder
-from megadit.parallel.placement import placed
+from megadit.model.text import TextConfig, TextEncoder, TextProjection
+from megadit.parallel.placement import Placement, placed
 from megadit.parallel.tensor.linear import ColumnParallelLinear, ReplicatedLinear
-from megadit.parallel.tensor.mappings import Region
+from megadit.parallel.tensor.mappings import Region, ReplicatedTokens, enter
 
 TIME_FREQUENCIES = 256
+MODULATION_OUTPUTS = {"scale_shift": 4, "gated": 6, "shared": 6}  # vectors that a layer is modulated by
 
 
 def patchify(image_BCHW: Tensor, patch: int) -> Tensor:
@@ -48,16 +49,54 @@ def sincos_positions(rows: int, columns: int, width: int, scale: float, device: 
     return torch.cat([by_column, by_row], dim=2).flatten(0, 1)
 
 
-def time_features(timesteps_B: Tensor) -> Tensor:
-    """Sinusoids [B, 256] of times in [0, 1], which are first spread over 0 to 1000 as DiT's are."""
+def time_features(timesteps_B: Tensor, frequency_shift: int = 0) -> Tensor:
+    """Sinusoids [B, 256] of times in [0, 1], which are first spread over 0 to 1000 as DiT's are.
+
+    Frequency i of n is 10000^(-i / (n - frequency_shift)).
+    """
     half = TIME_FREQUENCIES // 2
-    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, device=timesteps_B.device) / half)
+    exponents = -math.log(10000.0) * torch.arange(half, device=timesteps_B.device) / (half - frequency_shift)
+    frequencies = torch.exp(exponents)
     angles = 1000.0 * timesteps_B[:, None] * frequencies.to(timesteps_B.dtype)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+class LayerEmbedder(nn.Module):
+    """The time and class embedders of one layer, where each has its own: (time, class) -> conditioning [B, D].
+
+    What they read reaches every stage, so nothing more is carried. Layer 0's are the `Embedding`'s, the head's too.
+    """
+
+    def __init__(self, config: ECDiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.time_in = ReplicatedLinear(TIME_FREQUENCIES, config.width)
+        self.time_out = ReplicatedLinear(config.width, config.width)
+        # One row more than there are classes: no class, for guidance (DiT).
+        has_classes = config.conditioning == "class"
+        self.labels = placed((config.classes + 1, config.width)) if has_classes else None
+
+    def forward(self, timesteps_B: Tensor, labels_B: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return conditioning(self, timesteps_B, labels_B, dtype)
+
+
+def conditioning(
+    embedders: Embedding | LayerEmbedder, timesteps_B: Tensor, labels_B: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The embedded time, plus the embedded class where there are classes: [B, D]."""
+    features = time_features(timesteps_B, embedders.config.time_frequency_shift).to(dtype)
+    cond_BD = embedders.time_out(F.silu(embedders.time_in(features)))
+    if embedders.labels is None:
+        return cond_BD
+    assert labels_B is not None
+    return cond_BD + F.embedding(labels_B, embedders.labels)
+
+
 class Embedding(nn.Module):
-    """The first part of the first stage: (image, time, caption or class) -> tokens, conditioning, text states."""
+    """The first part of the first stage: (image, time, caption or class) -> the carry.
+
+    Tokens, conditioning, the shared modulation where there is one, text states where there is text.
+    """
 
     def __init__(self, config: ECDiTConfig, text: TextConfig, region: Region) -> None:
         super().__init__()
@@ -66,9 +105,12 @@ class Embedding(nn.Module):
         self.time_in = ReplicatedLinear(TIME_FREQUENCIES, config.width)
         self.time_out = ReplicatedLinear(config.width, config.width)
         has_text = config.conditioning == "text"
-        self.text = TextEncoder(text) if has_text else None
+        self.text: nn.Module | None = None
+        if has_text:
+            self.text = TextProjection(text) if text.kind == "states" else TextEncoder(text)
         # One row more than there are classes: no class, for guidance (DiT).
         self.labels = None if has_text else placed((config.classes + 1, config.width))
+        self.modulation = SharedModulation(config.width, region) if config.modulation == "shared" else None
 
     def forward(
         self,
@@ -77,19 +119,22 @@ class Embedding(nn.Module):
         text_ids_BL: Tensor | None,
         text_mask_BL: Tensor | None,
         labels_B: Tensor | None,
+        text_states_BLC: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """(x_BTD, cond_BD), and text_BLX where there is text."""
+        """(x_BTD, cond_BD), shared_BVD where the modulation is shared, and text_BLX where there is text."""
         patch, (height, width) = self.config.patch, image_BCHW.shape[-2:]
-        scale = self.config.image_size / max(height, width)
+        scale = self.config.image_size / max(height, width) / self.config.position_interpolation
         positions_TD = sincos_positions(
             height // patch, width // patch, self.config.width, scale, image_BCHW.device
         ).to(image_BCHW.dtype)
         x_BTD = self.region.split_tokens(self.patch(patchify(image_BCHW, patch)) + positions_TD)
-        cond_BD = self.time_out(F.silu(self.time_in(time_features(timesteps_B).to(image_BCHW.dtype))))
-        if self.text is not None:
-            return x_BTD, cond_BD, self.text(text_ids_BL, text_mask_BL)
-        assert labels_B is not None and self.labels is not None
-        return x_BTD, cond_BD + F.embedding(labels_B, self.labels)
+        cond_BD = conditioning(self, timesteps_B, labels_B, image_BCHW.dtype)
+        carry = [x_BTD, cond_BD] if self.modulation is None else [x_BTD, cond_BD, self.modulation(cond_BD)]
+        if isinstance(self.text, TextProjection):
+            carry.append(self.text(text_states_BLC))
+        elif self.text is not None:
+            carry.append(self.text(text_ids_BL, text_mask_BL))
+        return tuple(carry)
 
 
 class Modulation(nn.Module):
@@ -107,9 +152,39 @@ class Modulation(nn.Module):
         return self.region.gather_features(self.linear(F.silu(cond_BD))).unsqueeze(1).chunk(self.count, dim=2)
 
 
-def normed(x_BTD: Tensor) -> Tensor:
+class SharedModulation(nn.Module):
+    """The modulation of all layers (adaLN-single, arXiv 2310.00426), on the first stage: conditioning -> shared_BVD.
+
+    What comes out is carried whole on every rank, and so is its gradient.
+    """
+
+    def __init__(self, width: int, region: Region) -> None:
+        super().__init__()
+        self.group = region.group
+        self.linear = ColumnParallelLinear(width, MODULATION_OUTPUTS["shared"] * width, region.group, bias=True)
+
+    def forward(self, cond_BD: Tensor) -> Tensor:
+        vectors_BF = self.linear(F.silu(enter(cond_BD, self.group)))
+        whole_BF = ReplicatedTokens(self.group).gather_features(vectors_BF)
+        return whole_BF.unflatten(1, (MODULATION_OUTPUTS["shared"], -1))
+
+
+class Offsets(nn.Module):
+    """What a layer, or the head, adds to vectors that it does not have to itself: [B, V, D] -> V of [B, 1, D]."""
+
+    def __init__(self, width: int, count: int, region: Region) -> None:
+        super().__init__()
+        self.count = count
+        self.table = placed((count, width), Placement(partial=region.partial))
+
+    def forward(self, vectors_BVD: Tensor) -> tuple[Tensor, ...]:
+        """The vectors have entered the work between the layers; one alone is meant for all of the table."""
+        return (vectors_BVD + self.table).chunk(self.count, dim=1)
+
+
+def normed(x_BTD: Tensor, eps: float = 1e-6) -> Tensor:
     """The layer norm without parameters."""
-    return F.layer_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6)
+    return F.layer_norm(x_BTD, x_BTD.shape[-1:], eps=eps)
 
 
 def modulate(normed_BTD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
@@ -123,9 +198,12 @@ class Head(nn.Module):
     def __init__(self, config: ECDiTConfig, region: Region) -> None:
         super().__init__()
         self.patch, self.region = config.patch, region
-        self.modulation = Modulation(config.width, 2, region)
-        self.linear = ReplicatedLinear(config.width, config.channels * config.patch**2, partial=region.partial)
+        kind = Offsets if config.modulation == "shared" else Modulation
+        self.modulation = kind(config.width, 2, region)
+        self.linear = ReplicatedLinear(config.width, config.output_channels * config.patch**2, partial=region.partial)
 
     def forward(self, x_BTD: Tensor, cond_BD: Tensor, size: tuple[int, int]) -> Tensor:
-        patches_BTP = self.linear(modulate(normed(x_BTD), *self.modulation(cond_BD)))
+        """The conditioning has entered the region; with a shared modulation, the work between the layers."""
+        vectors = self.modulation(cond_BD[:, None] if isinstance(self.modulation, Offsets) else cond_BD)
+        patches_BTP = self.linear(modulate(normed(x_BTD), *vectors))
         return unpatchify(self.region.collect_tokens(patches_BTP), self.patch, size)

@@ -1,4 +1,5 @@
-"""The small trainable text encoder: a bidirectional transformer over a caption's tokens, on the first stage.
+"""Captions on the first stage: the small trainable encoder, a bidirectional transformer over a caption's tokens, or
+the projection of what a frozen encoder made of them.
 
 Whole on every tensor-parallel rank: it is small, and cross-attention sums its gradient over the ranks' heads.
 """
@@ -19,13 +20,14 @@ from megadit.parallel.tensor.linear import ReplicatedLinear
 class TextConfig:
     """The caption's way into the model."""
 
-    kind: Literal["builtin"] = "builtin"
+    kind: Literal["builtin", "states"] = "builtin"  # states: of a frozen encoder, through two layers to text.width
     tokenizer: str = ""  # a sentencepiece model file; empty: one is trained on the data set's captions
     vocabulary: int = 256
     length: int = 16  # tokens of a caption, padded or cut to it
     width: int = 64
     layers: int = 2
     heads: int = 4
+    channels: int = 4096  # kind=states: of the states
 
 
 class Norm(nn.Module):
@@ -75,3 +77,15 @@ class TextEncoder(nn.Module):
         for layer in self.layers:
             x_BLX = layer(x_BLX, text_mask_BL[:, None, None, :])
         return self.norm(x_BLX)
+
+
+class TextProjection(nn.Module):
+    """States of a frozen text encoder [B, L, C] -> [B, L, X]: two layers with a GELU between (PixArt)."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.project_in = ReplicatedLinear(config.channels, config.width)
+        self.project_out = ReplicatedLinear(config.width, config.width)
+
+    def forward(self, text_states_BLC: Tensor) -> Tensor:
+        return self.project_out(F.gelu(self.project_in(text_states_BLC), approximate="tanh"))

@@ -24,7 +24,7 @@ from megadit.parallel.pipeline.partition import partition, stage_indices
 from megadit.parallel.pipeline.schedule import LossFunction, Pipeline
 from megadit.parallel.tensor.mappings import CutTokens, Region, ReplicatedTokens
 from megadit.runtime.launch import Process
-from megadit.training.config import RunConfig, images_per_group, num_microbatches
+from megadit.training.config import RunConfig, check_inputs, images_per_group, num_microbatches
 from megadit.training.ema import Ema
 from megadit.zero import Engine, create_engine
 
@@ -53,6 +53,7 @@ class Run:
     pipeline: Pipeline
     engine: Engine
     ema: Ema
+    saver: checkpoint.Saver
     inputs: Inputs
     loader: Loader
     heldout_loader: Loader
@@ -78,6 +79,7 @@ def read_inputs(config: RunConfig) -> Inputs:
 
     Raises ValueError naming the file or key for data that cannot be read or does not fit the model.
     """
+    check_inputs(config)
     model = config.model
     train, heldout = (open_dataset(config.data, split, model.conditioning) for split in ("train", "heldout"))
     source = config.data.path or f"data.kind={config.data.kind}"
@@ -102,12 +104,16 @@ def read_inputs(config: RunConfig) -> Inputs:
 
 
 def read_tokenizer(config: RunConfig, corpus: Sequence[str]) -> Tokenizer:
-    """The tokenizer that is named, else the one that the run began with, else a new one of the corpus."""
+    """The tokenizer that is named, else the one that the run began with, else that of `run.init_from`, whose weights
+    know no other, else a new one of the corpus.
+    """
     kept = config.directory / TOKENIZER_FILE
     if config.text.tokenizer:
         tokenizer = Tokenizer.load(Path(config.text.tokenizer).expanduser())
     elif kept.exists() and checkpoint.latest(config.directory / "checkpoints"):
         tokenizer = Tokenizer.load(kept)
+    elif config.run.init_from:
+        tokenizer = Tokenizer.load(tokenizer_beside(Path(config.run.init_from).expanduser()))
     else:
         tokenizer = Tokenizer.train(corpus, config.text.vocabulary)
     if len(tokenizer) > config.text.vocabulary:
@@ -119,6 +125,19 @@ def read_tokenizer(config: RunConfig, corpus: Sequence[str]) -> Tokenizer:
     if cut:
         logger.warning("%d captions are cut to text.length=%d tokens, such as %r", len(cut), config.text.length, cut[0])
     return tokenizer
+
+
+def tokenizer_beside(weights: Path) -> Path:
+    """The tokenizer of a run's folder, of the run that a checkpoint's folder is in, or of an export.
+
+    Raises ValueError where there is none.
+    """
+    for folder in (weights, weights.parent.parent):
+        if (folder / TOKENIZER_FILE).is_file():
+            return folder / TOKENIZER_FILE
+    raise ValueError(
+        f"{weights} comes without {TOKENIZER_FILE}; set text.tokenizer to the one that it was trained with"
+    )
 
 
 def region_of(config: RunConfig, grid: Grid) -> Region:
@@ -212,7 +231,13 @@ def build_run(config: RunConfig, layout: Layout, inputs: Inputs, process: Proces
         stages=stages,
         pipeline=build_pipeline(config, stages, grid, process.device, engine.accumulate),
         engine=engine,
-        ema=Ema(named, config.ema),
+        ema=Ema(engine, config.ema),
+        saver=checkpoint.Saver(
+            config.directory / "checkpoints",
+            config.checkpoint.keep,
+            config.checkpoint.keep_every,
+            config.checkpoint.async_,
+        ),
         inputs=inputs,
         loader=loader(inputs.train),
         heldout_loader=loader(inputs.heldout),

@@ -44,6 +44,8 @@ class RunSection:
     compile: bool = False  # torch.compile of each block, as one graph of fixed shapes
     recompute: Literal["none", "block", "moe"] = "none"  # what keeps its inputs only and runs again backward
     deterministic: bool = False  # only kernels that repeat bit for bit; an error names what has none
+    init_from: str = ""  # a run, a checkpoint or an export whose weights a new run starts from, with a fresh optimizer
+    init_weights: Literal["model", "ema"] = "model"  # of a checkpoint: those that trained, or their average
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class CheckpointConfig:
 
     every: int = 500
     keep: int = 2
+    keep_every: int = 0  # steps; checkpoints of steps that are a multiple are never removed (0: none is spared)
+    async_: bool = False  # written while the training goes on, from a copy in host memory
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,10 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, as YAML and JSON take them."""
-        plain = dataclasses.asdict(self)
+        plain = {
+            section: {key_of(name): value for name, value in values.items()}
+            for section, values in dataclasses.asdict(self).items()
+        }
         plain["optim"]["betas"] = list(plain["optim"]["betas"])
         overrides = plain["model"]["capacity_overrides"]
         plain["model"]["capacity_overrides"] = {str(layer): factor for layer, factor in overrides.items()}  # as in JSON
@@ -105,6 +112,15 @@ class RunConfig:
 
 
 SECTIONS: dict[str, type] = typing.get_type_hints(RunConfig)
+
+
+def key_of(field_name: str) -> str:
+    """The key that sets a field. A field cannot have the name of a Python keyword; it has an underscore more.
+
+    >>> key_of("keep"), key_of("async_")
+    ('keep', 'async')
+    """
+    return field_name.removesuffix("_")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -147,10 +163,10 @@ def parse(raw: Mapping[str, Any], source: str) -> RunConfig:
     for section in raw:
         check_known(section, SECTIONS, "section")
         values = _keys(raw, section, source)
-        fields = [f.name for f in dataclasses.fields(SECTIONS[section])]
+        fields = {key_of(f.name): f.name for f in dataclasses.fields(SECTIONS[section])}
         for key in values:
             check_known(key, fields, "key", prefix=f"{section}.")
-        expanded[section] = dict(values)
+        expanded[section] = {fields[key]: value for key, value in values.items()}
     preset = expanded.get("model", {}).get("preset") or ""
     if preset:
         check_known(preset, PRESETS, "model.preset")
@@ -164,7 +180,7 @@ def parse(raw: Mapping[str, Any], source: str) -> RunConfig:
         return TypeAdapter(RunConfig).validate_python(expanded)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        key = ".".join(key_of(str(part)) for part in first["loc"])
         raise ValueError(f"{source}: {key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
 
 
@@ -174,6 +190,12 @@ def check_known(name: object, known: Sequence[str] | Mapping[str, Any], what: st
         return
     nearest = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.0)
     raise ValueError(f"unknown {what} {prefix}{name}; the nearest is {prefix}{nearest[0]}")
+
+
+def differing(section: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What to say of each key of a section whose value is another one now."""
+    keys = (key for key in now if before.get(key) != now[key])
+    return [f"{section}.{key}={before.get(key)} is now {now[key]}" for key in keys]
 
 
 def describe() -> str:
@@ -186,7 +208,7 @@ def describe() -> str:
             default = yaml.safe_dump(getattr(kind(), known.name), default_flow_style=True).splitlines()[0]
             is_choice = typing.get_origin(hints[known.name]) is Literal
             choices = " | ".join(str(choice) for choice in typing.get_args(hints[known.name])) if is_choice else ""
-            lines.append(f"  {section}.{known.name}={default}".ljust(36) + choices)
+            lines.append(f"  {section}.{key_of(known.name)}={default}".ljust(36) + choices)
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -321,6 +343,11 @@ def conditioning_is_given(config: RunConfig, world_size: int) -> Iterator[str]:
     conditioning, classes = config.model.conditioning, config.model.classes
     if conditioning == "class" and classes < 1:
         yield f"model.conditioning=class needs model.classes, the number of classes; it is {classes}"
+    if config.model.modulation == "shared" and config.model.embedders == "per_layer":
+        yield (
+            "model.modulation=shared reads one conditioning, which model.embedders=per_layer has in every layer; use "
+            "model.embedders=shared"
+        )
 
 
 def images_per_group(config: RunConfig) -> int:
@@ -393,8 +420,9 @@ def zero_keeps_precision(config: RunConfig, world_size: int) -> Iterator[str]:
 POSITIVE = {
     "run": ("steps",),
     "model": ("layers", "width", "heads", "kv_heads", "head_width", "ffn_ratio", "moe_every", "capacity_factor",
-              "image_size", "channels", "patch", "route_scale", "top_k"),
-    "text": ("vocabulary", "width", "heads"),
+              "image_size", "channels", "patch", "route_scale", "top_k", "position_interpolation",
+              "attention_norm_eps", "feedforward_norm_eps"),
+    "text": ("vocabulary", "width", "heads", "channels"),
     "parallel": ("tensor", "pipeline", "expert", "stages_per_rank"),
     "data": ("global_batch",),
     "objective": ("shift",),
@@ -404,13 +432,22 @@ POSITIVE = {
     "log": ("samples", "every"),
 }  # fmt: skip
 NOT_NEGATIVE = {
-    "model": ("experts", "expert_ratio", "dense_first", "shared_experts", "shared_ratio", "balance_loss", "classes"),
+    "model": (
+        "experts",
+        "expert_ratio",
+        "dense_first",
+        "shared_experts",
+        "shared_ratio",
+        "balance_loss",
+        "classes",
+        "out_channels",
+    ),
     "text": ("layers",),
     "data": ("micro_batch",),
     "objective": ("logit_std",),
     "optim": ("lr", "weight_decay", "clip", "warmup"),
     "sample": ("guidance",),
-    "checkpoint": ("keep",),
+    "checkpoint": ("keep", "keep_every"),
     "log": ("evaluate_every", "sample_every"),
 }
 
@@ -467,3 +504,20 @@ def check(config: RunConfig, world_size: int) -> Layout:
         if faults:
             raise ValueError("; ".join(faults))
     return Layout.of(config.parallel, world_size)
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Raises ValueError for a network that can be converted, but not yet trained or drawn from."""
+    model, faults = config.model, []
+    if model.conditioning == "text" and config.text.kind == "states":
+        faults.append(
+            "text.kind=states reads a frozen text encoder's states, which no data has yet; captions need "
+            "text.kind=builtin"
+        )
+    if model.output_channels != model.channels:
+        faults.append(
+            f"model.out_channels={model.out_channels} is not model.channels={model.channels}, and a velocity has as "
+            "many channels as its image; use model.out_channels=0"
+        )
+    if faults:
+        raise ValueError("; ".join(faults))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+
+from megadit.zero import Engine, Fragment
 
 
 @dataclass(frozen=True)
@@ -18,38 +19,36 @@ class EmaConfig:
 
 
 class Ema:
-    """Averages of this rank's own parameters, at least in float32: in bf16 a step would change nothing."""
+    """Averages of the engine's masters, cut as those are: in bf16 parameters a step would often change nothing."""
 
-    def __init__(self, named: Sequence[tuple[str, nn.Parameter]], config: EmaConfig) -> None:
-        self.config = config
-        self.parameters: list[Tensor] = [parameter for _, parameter in named]
-        self.average: dict[str, Tensor] = {
-            name: parameter.detach().to(
-                torch.promote_types(parameter.dtype, torch.float32), memory_format=torch.contiguous_format, copy=True
-            )
-            for name, parameter in named
-        }
+    def __init__(self, engine: Engine, config: EmaConfig) -> None:
+        self.engine, self.config = engine, config
+        self.masters = engine.masters()
+        self.averages: list[Fragment] = [
+            replace(master, kind="ema", flat=master.flat.detach().clone()) for master in self.masters
+        ]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After step `step` (from 1): average <- d average + (1 - d) weights; d = min(decay, step / (step + 9))."""
+        """After step `step` (from 1): average <- d average + (1 - d) master; d = min(decay, step / (step + 9))."""
         decay = min(self.config.decay, step / (step + 9))
-        # One at a time, so that of bf16 weights there is no second, wider copy.
-        for average, parameter in zip(self.average.values(), self.parameters, strict=True):
-            average.lerp_(parameter.to(average.dtype), 1 - decay)
-
-    @torch.no_grad()
-    def copy_to_parameters(self) -> None:
-        """The model's parameters become the averages."""
-        torch._foreach_copy_(self.parameters, list(self.average.values()))
+        for average, master in zip(self.averages, self.masters, strict=True):
+            average.flat.lerp_(master.flat, 1 - decay)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Within the context the model's parameters hold the averages."""
-        with torch.no_grad():
-            kept = [parameter.clone() for parameter in self.parameters]
-            self.copy_to_parameters()
-            try:
-                yield
-            finally:
-                torch._foreach_copy_(self.parameters, kept)
+        """Within the context the model's parameters are the averages, and `averages` the masters. Collective."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        # One fragment at a time: a third copy of them all may not fit.
+        for average, master in zip(self.averages, self.masters, strict=True):
+            kept = master.flat.clone()
+            master.flat.copy_(average.flat)
+            average.flat.copy_(kept)
+        self.engine.masters_changed()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 import megadit
 from megadit import checkpoint
@@ -19,10 +20,10 @@ from megadit.model.count import forward_flops
 from megadit.runtime.clock import Clock, peak_memory_gb
 from megadit.sampling.picture import save_grid
 from megadit.training.build import TOKENIZER_FILE, Run
-from megadit.training.config import CONFIG_FILE, images_per_group
+from megadit.training.config import CONFIG_FILE, differing, images_per_group
 from megadit.training.evaluate import heldout_loss, sample_pictures
 from megadit.training.metrics import Recorder
-from megadit.training.state import logical_state
+from megadit.training.state import logical_state, resumable_state
 from megadit.training.step import StepReport, Unread, read, train_step
 
 logger = logging.getLogger("megadit")
@@ -30,6 +31,10 @@ logger = logging.getLogger("megadit")
 
 class Diverged(RuntimeError):
     """The loss or the gradient is no longer finite."""
+
+
+class Unsaved(RuntimeError):
+    """The training is done, but its last checkpoint could not be written."""
 
 
 def resume(run: Run) -> int:
@@ -43,10 +48,15 @@ def resume(run: Run) -> int:
     path = found[0]
     if path is None:
         return 0
-    state = logical_state(run.named, run.ema, run.engine, run.grid, owned_only=False)
+    manifest = checkpoint.read_manifest(path)
+    if not any(name.startswith("exp_avg.") for name in manifest["tensors"]):
+        raise ValueError(
+            f"{path} holds weights alone, no state of the optimizer to go on with; start from it in another run.dir, "
+            f"with run.init_from={path}"
+        )
+    state = resumable_state(run.named, run.ema, run.engine, run.grid, manifest["tensors"])
     try:
         checkpoint.load(path, state, verify=True)
-        manifest = checkpoint.read_manifest(path)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; another run.name or run.dir starts a new run") from error
     for section, keys in changed(manifest["metadata"]["config"], run.config.to_dict()).items():
@@ -58,26 +68,18 @@ def resume(run: Run) -> int:
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[str]]:
     """The keys, by section, that decide what is learned from what, and that differ between two configurations."""
-    found: dict[str, list[str]] = {}
-    for section in ("model", "text", "data", "objective", "optim"):
-        for key, value in now[section].items():
-            if before[section].get(key) != value:
-                found.setdefault(section, []).append(f"{section}.{key}={before[section].get(key)} is now {value}")
-    if before["run"]["seed"] != now["run"]["seed"]:
-        found["run"] = [f"run.seed={before['run']['seed']} is now {now['run']['seed']}"]
-    return found
+    found = {
+        section: differing(section, before[section], now[section])
+        for section in ("model", "text", "data", "objective", "optim")
+    }
+    found["run"] = differing("run", before["run"], {key: now["run"][key] for key in ("seed", "dtype")})
+    return {section: changes for section, changes in found.items() if changes}
 
 
 def save(run: Run, step: int) -> None:
-    """Write a checkpoint of the state after `step`. Collective."""
-    config = run.config
-    checkpoint.save(
-        config.directory / "checkpoints",
-        step,
-        logical_state(run.named, run.ema, run.engine, run.grid, owned_only=True),
-        {"config": config.to_dict(), "megadit": megadit.__version__},
-        keep=config.checkpoint.keep,
-    )
+    """Write a checkpoint of the state after `step`, or begin to. Collective."""
+    state = logical_state(run.named, run.ema, run.engine, run.grid, owned_only=True)
+    run.saver.save(step, state, {"config": run.config.to_dict(), "megadit": megadit.__version__})
 
 
 def prepare_directory(run: Run) -> None:
@@ -111,7 +113,8 @@ def write_whole(path: Path, content: bytes) -> None:
 def train(run: Run, start: int) -> None:
     """Make the steps after `start`. Collective.
 
-    Raises Diverged on all ranks when a loss or a gradient is not finite; the checkpoints are of earlier steps then.
+    Raises on all ranks, with no save running: Diverged when a loss or a gradient is not finite, the checkpoints are of
+    earlier steps then; Unsaved when the last checkpoint could not be written.
     """
     config, directory = run.config, run.config.directory
     recorder = Recorder(directory, start, config.run.steps, config.log.tensorboard) if run.process.is_main else None
@@ -130,7 +133,7 @@ def train(run: Run, start: int) -> None:
         seconds = clock.lap() / len(unread)  # of one step, on average since the last look
         unread = []
         for report in reports:
-            check_finite(report, directory)
+            check_finite(run, report)
             extra = {"heldout_loss": heldout_loss(run)} if evaluates and report.step == step else {}
             if recorder is not None:
                 recorder.record(
@@ -146,19 +149,34 @@ def train(run: Run, start: int) -> None:
         if draws:
             pictures = sample_pictures(run)
             if run.process.is_main:
-                save_grid(pictures, directory / "samples" / f"step_{step:08d}.png")
+                write_pictures(pictures, directory / "samples" / f"step_{step:08d}.png")
         clock.lap()  # evaluating, recording, saving and drawing are not part of the next step's time
     if recorder is not None:
         recorder.close()
+    run.saver.wait()
+    if run.saver.failure is not None:
+        raise Unsaved(
+            f"step {config.run.steps} is done, but its checkpoint was not saved; make room for it and start again, "
+            f"from the newest one in {directory}"
+        )
     logger.info("finished: %s", directory)
 
 
-def check_finite(report: StepReport, directory: Path) -> None:
+def write_pictures(pictures_BCHW: Tensor, path: Path) -> None:
+    """A PNG; where there is no room for it, an error in the log: pictures are no reason to end a training."""
+    try:
+        save_grid(pictures_BCHW, path)
+    except OSError as error:
+        logger.error("%s was not written: %s", path, error)
+
+
+def check_finite(run: Run, report: StepReport) -> None:
     """Raises Diverged when the step's loss or gradient is not finite."""
     if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
+        run.saver.wait()
         raise Diverged(
             f"step {report.step}: loss {report.loss}, gradient norm {report.grad_norm}; lower optim.lr or optim.clip "
-            f"and start again, from the newest checkpoint in {directory}"
+            f"and start again, from the newest checkpoint in {run.config.directory}"
         )
 
 

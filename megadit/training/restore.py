@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from megadit import checkpoint
 from megadit.diffusion.sampler import Progress
@@ -17,8 +18,7 @@ from megadit.parallel.pipeline.schedule import Pipeline
 from megadit.runtime.launch import Process
 from megadit.sampling.generate import SampleConfig, generate
 from megadit.training.build import TOKENIZER_FILE, build_pipeline, build_stages, named_parameters
-from megadit.training.config import CONFIG_FILE, RunConfig, check, images_per_group, load_config
-from megadit.training.ema import Ema
+from megadit.training.config import CONFIG_FILE, RunConfig, check, check_inputs, images_per_group, load_config
 from megadit.training.state import logical_tensor
 
 
@@ -66,20 +66,37 @@ def open_sampler(directory: Path, process: Process, parallel: ParallelConfig | N
     Raises ValueError naming the file for a folder that holds no run or no complete checkpoint.
     """
     config = as_drawn(load_config(directory / CONFIG_FILE), process.world_size, parallel or ParallelConfig())
+    check_inputs(config)
     path = checkpoint.latest(directory / "checkpoints")
     if path is None:
         raise ValueError(f"{directory / 'checkpoints'}: no complete checkpoint; train the run first")
     grid = Grid(check(config, process.world_size), process.rank)
     stages = build_stages(config, grid, process.device)
-    named = named_parameters(stages)
-    ema = Ema(named, config.ema)  # in its own precision, which may be finer than the weights'
-    checkpoint.load(
-        path, {f"ema.{name}": logical_tensor(p, grid, flat=ema.average[name].view(-1)) for name, p in named}
-    )
-    ema.copy_to_parameters()
+    load_averages(path, named_parameters(stages), grid)
     condition = open_condition(config, directory)
     step = int(checkpoint.read_manifest(path)["step"])
     return Sampler(config, build_pipeline(config, stages, grid, process.device), condition, step)
+
+
+@torch.no_grad()
+def load_averages(path: Path, named: Sequence[tuple[str, nn.Parameter]], grid: Grid) -> None:
+    """Fill the parameters with the checkpoint's averages; with its weights where it holds nothing else. Collective.
+
+    Rounded to the parameters' precision, if the checkpoint has a finer one. Raises ValueError as `checkpoint.load`.
+    """
+    saved = checkpoint.read_manifest(path)["tensors"]
+    kind = "ema" if any(name.startswith("ema.") for name in saved) else "weight"
+    flats, state = [], {}
+    for name, parameter in named:
+        key = f"{kind}.{name}"
+        dtype = checkpoint.DTYPES[saved[key]["dtype"]] if key in saved else parameter.dtype
+        # The parameter's own memory, unless it must be rounded.
+        flats.append(parameter.data.view(-1).to(dtype))
+        state[key] = logical_tensor(parameter, grid, flat=flats[-1])
+    checkpoint.load(path, state)
+    for flat, (_, parameter) in zip(flats, named, strict=True):
+        if flat.dtype != parameter.dtype:
+            parameter.copy_(flat.view_as(parameter))
 
 
 def as_drawn(trained: RunConfig, world_size: int, parallel: ParallelConfig) -> RunConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Sequence
 
 from torch import Tensor, nn
 
@@ -11,7 +11,7 @@ from megadit.checkpoint import LogicalTensor, Piece, flat_range_boxes
 from megadit.parallel.grid import Grid
 from megadit.parallel.placement import placement_of
 from megadit.training.ema import Ema
-from megadit.zero import Engine
+from megadit.zero import Engine, Fragment
 
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
 
@@ -21,27 +21,40 @@ def logical_state(
 ) -> dict[str, LogicalTensor]:
     """Weights, averages and optimizer state under `weight.`, `ema.`, `master.`, `exp_avg.` and `exp_avg_sq.`.
 
-    The pieces are live views. For saving, `owned_only`: of all ranks that hold the same elements one brings them. For
-    loading: all that this rank holds.
+    The pieces are live views. `owned_only`, for saving: of all ranks that hold the same elements one brings them.
+    Otherwise all that this rank holds.
     """
     parameters = dict(named)
+    weights = [Fragment(name, "weight", 0, parameter.data.view(-1), sharded=()) for name, parameter in named]
     state: dict[str, LogicalTensor] = {}
-    for key, name, start, flat, sharded in _flat_tensors(named, ema, engine):
-        parameter = parameters[name]
-        if not owned_only or placement_of(parameter).is_owner(grid, sharded):
-            state[key] = logical_tensor(parameter, grid, start, flat)
+    for fragment in (*weights, *ema.averages, *engine.fragments()):
+        parameter = parameters[fragment.name]
+        if not owned_only or placement_of(parameter).is_owner(grid, fragment.sharded):
+            state[f"{fragment.kind}.{fragment.name}"] = logical_fragment(parameter, fragment, grid)
     return state
 
 
-def _flat_tensors(
-    named: NamedParameters, ema: Ema, engine: Engine
-) -> Iterator[tuple[str, str, int, Tensor, Sequence[str]]]:
-    """(key, parameter's name, first element, 1-D live view, axes along which ranks hold different ranges)."""
-    for name, parameter in named:
-        yield f"weight.{name}", name, 0, parameter.data.view(-1), ()
-        yield f"ema.{name}", name, 0, ema.average[name].view(-1), ()
-    for fragment in engine.fragments():
-        yield f"{fragment.kind}.{fragment.name}", fragment.name, fragment.start, fragment.flat, fragment.sharded
+def resumable_state(
+    named: NamedParameters, ema: Ema, engine: Engine, grid: Grid, saved: Container[str]
+) -> dict[str, LogicalTensor]:
+    """What a run reads to go on from a checkpoint that holds the tensors `saved`: all but what follows from it.
+
+    Those are the parameters, where they are rounded masters. The masters are read from `master.`; of a checkpoint of
+    `zero.stage=0`, whose weights are their own masters, from `weight.`.
+    """
+    parameters = dict(named)
+    state: dict[str, LogicalTensor] = {}
+    for fragment in (*engine.masters(), *ema.averages, *engine.fragments()):
+        kind, name = fragment.kind, fragment.name
+        if kind in ("master", "weight"):
+            kind = "master" if f"master.{name}" in saved else "weight"
+        state[f"{kind}.{name}"] = logical_fragment(parameters[name], fragment, grid)
+    return state
+
+
+def logical_fragment(parameter: nn.Parameter, fragment: Fragment, grid: Grid) -> LogicalTensor:
+    """The elements of one parameter that a fragment covers, as boxes of the logical tensor."""
+    return logical_tensor(parameter, grid, fragment.start, fragment.flat)
 
 
 def logical_tensor(parameter: nn.Parameter, grid: Grid, start: int = 0, flat: Tensor | None = None) -> LogicalTensor:

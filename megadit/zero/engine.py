@@ -194,7 +194,13 @@ class ZeroEngine:
                 found.append(Fragment(name, kind, start, mapping.get_hp_fragment(key).detach(), sharded))
         return found
 
+    def masters(self) -> list[Fragment]:
+        return [fragment for fragment in self.fragments() if fragment.kind == "master"]
+
+    def masters_changed(self) -> None:
+        self.optimizer.update_lp_params()
+
     def restored(self, steps: int) -> None:
         for state in self.optimizer.optimizer.state.values():
             state["step"].fill_(steps)
-        self.optimizer.update_lp_params()
+        self.masters_changed()

@@ -72,7 +72,7 @@ class Fragment:
     """
 
     name: str
-    kind: str  # "master", "exp_avg" or "exp_avg_sq"
+    kind: str  # "master", "exp_avg" or "exp_avg_sq"; "weight" for a parameter that is its own master
     start: int
     flat: Tensor
     sharded: tuple[str, ...]
@@ -96,8 +96,14 @@ class Engine(Protocol):
     def fragments(self) -> list[Fragment]:
         """The live state, for saving, or for loading in place before the first step."""
 
+    def masters(self) -> list[Fragment]:
+        """What a step updates, live: this rank's float32 masters, or the parameters where those are their own."""
+
+    def masters_changed(self) -> None:
+        """Call after writing into `masters()`: the parameters follow. Collective over the data-parallel axes."""
+
     def restored(self, steps: int) -> None:
-        """Call after loading into `fragments()`: the parameters follow the state, which has made `steps` steps."""
+        """Call after loading into `masters()` and `fragments()`: the state has made `steps` steps. Collective."""
 
 
 def sum_partial(gradients: Iterable[tuple[nn.Parameter, Tensor]], grid: Grid) -> None:

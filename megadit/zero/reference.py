@@ -68,6 +68,12 @@ class ReferenceEngine:
             for moment in MOMENTS
         ]
 
+    def masters(self) -> list[Fragment]:
+        return [Fragment(name, "weight", 0, parameter.detach().view(-1), sharded=()) for name, parameter in self.named]
+
+    def masters_changed(self) -> None:
+        """Nothing: they are the parameters."""
+
     def restored(self, steps: int) -> None:
         for _, parameter in self.named:
             self.optimizer.state[parameter]["step"].fill_(steps)

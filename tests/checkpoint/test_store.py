@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import itertools
 import json
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from megadit.checkpoint import (
     LogicalTensor,
     Piece,
+    SaveError,
     flat_range_boxes,
     latest,
     load,
@@ -247,7 +249,7 @@ def save_on_a_full_disk(rank, world, folder):
 
     if rank == 1:
         sync, os.fsync = os.fsync, full
-    with pytest.raises(RuntimeError, match="rank 1: No space left on device"):
+    with pytest.raises(SaveError, match="rank 1: No space left on device"):
         save(folder, 2, tensors, {})
     if rank == 1:
         os.fsync = sync
@@ -259,7 +261,7 @@ def save_on_a_full_disk(rank, world, folder):
 
 
 def test_a_rank_that_cannot_write_fails_the_save_on_all(tmp_path):
-    assert run_ranks(save_on_a_full_disk, 2, tmp_path) == [("step_00000001", 1)] * 2
+    assert run_ranks(save_on_a_full_disk, 2, tmp_path) == [("step_00000001", 0)] * 2
     assert latest(tmp_path).name == "step_00000003" and not list(tmp_path.glob("*.partial"))
 
 
@@ -321,6 +323,45 @@ def test_keep(tmp_path, one_rank):
     assert latest(tmp_path).name == "step_00000002"
 
 
+@pytest.mark.parametrize(
+    ("keep", "keep_every", "expected"),
+    [
+        (2, 0, [9, 10]),
+        (2, 4, [4, 8, 9, 10]),
+        (1, 5, [5, 10]),  # the newest is a multiple itself
+        (3, 100, [8, 9, 10]),
+        (0, 4, list(range(1, 11))),
+    ],
+)
+def test_keep_every_spares_the_multiples(keep, keep_every, expected, tmp_path, one_rank):
+    for step in range(1, 11):
+        save(tmp_path, step, {}, {}, keep, keep_every)
+    assert [int(path.name.removeprefix("step_")) for path in sorted(tmp_path.glob("step_*"))] == expected
+
+
+def test_a_disk_that_is_full_at_any_write_leaves_the_old_state_and_its_room(tmp_path, one_rank, monkeypatch):
+    """The k-th call of fsync finds no room: every file has one after its last byte, and every folder."""
+    sync = os.fsync
+    save(tmp_path, 1, {"w": one_piece(torch.ones(1000))}, {})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for at in range(4):  # the safetensors file, the manifest, its folder, the next `latest`
+        calls = itertools.count()
+
+        def full(handle, calls=calls, at=at):
+            if next(calls) == at:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            sync(handle)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(SaveError, match="rank 0: .*No space left on device"):
+                save(tmp_path, 2, {"w": one_piece(torch.zeros(1000))}, {}, keep=1)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001"]
+    save(tmp_path, 2, {"w": one_piece(torch.zeros(1000))}, {}, keep=1)
+    assert not load_tensors(latest(tmp_path))["w"].any()
+
+
 class KillSwitch:
     """Stops the run at the k-th change of the disk, in the middle of it if it is a removal."""
 
@@ -353,7 +394,7 @@ def test_a_kill_at_any_moment_leaves_the_old_state_or_the_new(tmp_path, one_rank
             switch = KillSwitch(patch, at)
             try:
                 save(folder, step, {"w": one_piece(torch.tensor([30]))}, {}, keep=2)
-            except RuntimeError as error:
+            except (RuntimeError, KeyboardInterrupt) as error:  # the latter when cleaning up is cut short too
                 assert "killed" in str(error)
         resumed = torch.zeros(1, dtype=torch.int64)
         load(latest(folder), {"w": one_piece(resumed)}, verify=True)

@@ -27,9 +27,9 @@ def inputs(randn):
     return randn(2, 12, 32), randn(2, 32), randn(2, 4, 16), MASK
 
 
-def norm(x):
+def norm(x, eps=1e-6):
     centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
 
 
 def adaln(block, cond, place):
@@ -59,6 +59,31 @@ def test_block_is_the_formula(build, inputs, layer, modulation, router_input):
     y = x + gate_1 * block.attention(norm(x) * (1 + scale_1) + shift_1)
     y = y + block.cross_attention(y, text, mask)
     y = y + gate_2 * feed(block, norm(y), norm(y) * (1 + scale_2) + shift_2, cond)
+    torch.testing.assert_close(block(*inputs)[0], y, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("layer", [0, 1], ids=["dense", "experts"])
+def test_a_shared_modulation_is_offset_by_the_layers_table(build, inputs, randn, layer):
+    """adaLN-single (PixArt, arXiv 2310.00426): no linear layer here, and the conditioning is read by routers alone."""
+    block, (x, cond, text, mask) = build(layer, modulation="shared"), inputs
+    assert [name for name, _ in block.named_parameters() if "modulation" in name] == ["modulation.table"]
+    shared = randn(2, 6, 32)
+    vectors = [shared[:, i, None] + block.modulation.table[i] for i in range(6)]
+    shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = vectors
+    y = x + gate_1 * block.attention(norm(x) * (1 + scale_1) + shift_1)
+    y = y + block.cross_attention(y, text, mask)
+    y = y + gate_2 * feed(block, norm(y), norm(y) * (1 + scale_2) + shift_2, cond)
+    torch.testing.assert_close(block(*inputs, shared)[0], y, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("layer", [0, 1], ids=["dense", "experts"])
+def test_each_norm_has_its_epsilon(build, inputs, layer):
+    block = build(layer, attention_norm_eps=0.5, feedforward_norm_eps=0.25, router_input="timestep")
+    x, cond, text, mask = inputs
+    shift_1, scale_1, shift_2, scale_2 = (adaln(block, cond, place) for place in range(4))
+    y = x + block.attention(norm(x, 0.5) * (1 + scale_1) + shift_1)
+    y = y + block.cross_attention(y, text, mask)
+    y = y + feed(block, norm(y, 0.25), norm(y, 0.25) * (1 + scale_2) + shift_2, cond)
     torch.testing.assert_close(block(*inputs)[0], y, rtol=0, atol=1e-12)
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -62,8 +63,9 @@ def assert_compiles_once(compiled, eager, module, counter, inputs_of, tolerance=
 
 
 def block_inputs(seed):
-    """Tokens, conditioning and caption of two images."""
-    return numbers(seed, 2, 16, 32), numbers(seed + 10, 2, 32), numbers(seed + 20, 2, 6, 16)
+    """Tokens, conditioning, caption and shared modulation of two images."""
+    tokens, conditioning = numbers(seed, 2, 16, 32), numbers(seed + 10, 2, 32)
+    return tokens, conditioning, numbers(seed + 20, 2, 6, 16), numbers(seed + 30, 2, 6, 32)
 
 
 @pytest.fixture
@@ -71,15 +73,15 @@ def compile_block(config, region, grid, filled):
     """A function that checks a compiled block under a backend."""
 
     def check(layer, backend, recompute_moe=False, **changes):
-        config_of = replace(config, modulation="gated", **changes)
+        config_of = replace(config, **{"modulation": "gated", **changes})
         block = filled(Block(config_of, 16, layer, region, grid["ep"], recompute_moe))
         counter = CompileCounterWithBackend(backend)
 
-        def eager(*inputs):
-            return block(*inputs, IDS != 0)
+        def run(block, x, cond, caption, shared):
+            return block(x, cond, caption, IDS != 0, shared if config_of.modulation == "shared" else None)
 
         compiled = torch.compile(block, backend=counter, fullgraph=True, dynamic=False)
-        assert_compiles_once(lambda *inputs: compiled(*inputs, IDS != 0), eager, block, counter, block_inputs)
+        assert_compiles_once(partial(run, compiled), partial(run, block), block, counter, block_inputs)
 
     return check
 
@@ -89,6 +91,8 @@ BLOCKS = {
     "expert_choice": (1, {}),
     "nucleus_like_pairs": (1, NUCLEUS_LIKE | {"routing_group": 2}),
     "capacity": (1, TOKEN_CHOICE | {"balance_counts": "first"}),
+    "adaln_single": (0, {"modulation": "shared"}),
+    "biased_experts": (1, {"modulation": "shared", "bias": True}),
 }
 
 
@@ -191,7 +195,7 @@ def block_of_rank(rank, world_size, layout, region_of, layer):
     compiled = torch.compile(block, backend=counter, fullgraph=True, dynamic=False)
 
     def inputs_of(seed):
-        x, cond, text = block_inputs(seed + 100 * grid["ep"].rank)
+        x, cond, text, _ = block_inputs(seed + 100 * grid["ep"].rank)
         return region.split_tokens(x), cond, text
 
     torch._dynamo.reset()

@@ -107,6 +107,7 @@ def test_lengths_follow_from_the_shape():
     assert (config.hidden, config.tokens) == (192, 36)
     assert (config.expert_hidden, config.shared_hidden) == (192, 0)
     assert replace(config, expert_ratio=0.5).expert_hidden == 32
+    assert (config.output_channels, replace(config, out_channels=5).output_channels) == (8, 5)
     # A shared expert is as wide as an expert unless it is said to be otherwise.
     assert replace(config, shared_experts=2).shared_hidden == 384
     assert replace(config, shared_experts=2, expert_ratio=0.5).shared_hidden == 64

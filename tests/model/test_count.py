@@ -46,6 +46,12 @@ CASES = {
     "dropless_groups": {"routing_group": 2, "routing": "token_choice", "dropless": True},
     "normalised": {"normalise_gates": True, "route_scale": 2.5, "gate": "sigmoid"},
     "classes": {"conditioning": "class", "classes": 3},
+    "adaln_single": {"modulation": "shared"},
+    "per_layer_embedders": {"embedders": "per_layer"},
+    "per_layer_embedders_of_classes": {"embedders": "per_layer", "conditioning": "class", "classes": 3},
+    "learned_variance": {"out_channels": 6},
+    "biases": {"bias": True, "feedforward": "swiglu"},
+    "biases_of_ragged_experts": {"bias": True, "routing": "token_choice", "dropless": True},
     **{preset: preset_of(preset) for preset in ROUTING_PRESETS},
 }
 
@@ -63,7 +69,11 @@ def count(text, region, grid, filled):
         if layers.start > 0:
             widths = (images, config.tokens, config.width), (images, config.width), (images, text.length, text.width)
             carry = [torch.ones(*shape).double() for shape in widths]
+            if config.modulation == "shared":
+                carry.insert(2, torch.ones(images, 6, config.width).double())
         captions = {"text_ids_BL": ids, "text_mask_BL": ids > 0}
+        if text.kind == "states":
+            captions["text_states_BLC"] = torch.ones(images, text.length, text.channels).double()
         labels = {"labels_B": torch.zeros(images, dtype=torch.int64)}
         keywords = {"timesteps_B": torch.full((images,), 0.5).double(), "size": size}
         keywords |= captions if config.conditioning == "text" else labels
@@ -108,8 +118,15 @@ def test_flops_of_other_captions_are_what_torch_counts(count, config, text, laye
     assert forward_flops(config, text) == count(config, text=text)
 
 
+def test_flops_of_states_are_what_torch_counts(count, config, text):
+    text = replace(text, kind="states", channels=40, length=11)
+    assert forward_flops(config, text) == count(config, text=text)
+
+
+@pytest.mark.parametrize("changes", [{}, {"modulation": "shared"}, {"embedders": "per_layer"}], ids=str)
 @pytest.mark.parametrize("layers", [range(1), range(2), range(1, 2), range(2, 3), range(3, 4)], ids=str)
-def test_a_stage_costs_what_torch_counts(count, config, text, layers):
+def test_a_stage_costs_what_torch_counts(count, config, text, layers, changes):
+    config = replace(config, **changes)
     assert sum(stage_costs(config, text)[layers.start : layers.stop]) == count(config, layers)
 
 

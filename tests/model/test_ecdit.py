@@ -5,25 +5,32 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megadit.model.ecdit import ECDiT
+from megadit.model.ecdit import ECDiT, whole_model
+from megadit.model.text import TextConfig
+from megadit.parallel.placement import placement_of
 
 IDS = torch.tensor([[2, 7, 8, 3, 0, 0], [2, 3, 0, 0, 0, 0]])
 BALANCED = {"routing": "token_choice", "balance_loss": 0.1}
 CLASSES = {"conditioning": "class", "classes": 3}
 # name: (changes of the configuration, shapes of what a stage hands on)
-X, COND, TEXT, BALANCE = (2, 16, 32), (2, 32), (2, 6, 16), (1,)
+X, COND, TEXT, BALANCE, SHARED = (2, 16, 32), (2, 32), (2, 6, 16), (1,), (2, 6, 32)
 MODELS = {
     "ungated": ({"modulation": "scale_shift"}, [X, COND, TEXT]),
     "gated": ({"modulation": "gated"}, [X, COND, TEXT]),
     "balanced": (BALANCED, [X, COND, TEXT, BALANCE]),
     "classes": (CLASSES, [X, COND]),
     "balanced_classes": (BALANCED | CLASSES, [X, COND, BALANCE]),
+    "adaln_single": ({"modulation": "shared", "router_input": "timestep"}, [X, COND, SHARED, TEXT]),
+    "balanced_adaln_single": ({"modulation": "shared"} | BALANCED | CLASSES, [X, COND, SHARED, BALANCE]),
+    "per_layer": ({"embedders": "per_layer"} | CLASSES, [X, COND]),
+    "per_layer_of_text": ({"embedders": "per_layer"}, [X, COND, TEXT]),
+    "states": ({"text": TextConfig(kind="states", channels=10, width=16), "bias": True}, [X, COND, TEXT]),
 }
 
 
 @pytest.fixture
 def build(config, text, region, grid, filled):
-    def stage(layers, recompute="none", **changes):
+    def stage(layers, recompute="none", text=text, **changes):
         return filled(ECDiT(replace(config, **changes), text, layers, region, grid["ep"], recompute))
 
     return stage
@@ -33,7 +40,7 @@ def build(config, text, region, grid, filled):
 def inputs(randn):
     """The image and the keyword arguments, captions and classes."""
     times = torch.tensor([0.3, 0.9], dtype=torch.float64)
-    captions = {"text_ids_BL": IDS, "text_mask_BL": IDS != 0}
+    captions = {"text_ids_BL": IDS, "text_mask_BL": IDS != 0, "text_states_BLC": randn(2, 6, 10)}
     return randn(2, 3, 8, 8), {"timesteps_B": times, "size": (8, 8), "labels_B": torch.tensor([2, 3])} | captions
 
 
@@ -107,14 +114,17 @@ def test_statistics_are_means_over_the_last_training_forwards(build, inputs, ran
     assert means[1].entropy != each[0][1].entropy
 
 
-@pytest.mark.parametrize("model", ["gated", "classes"])
+@pytest.mark.parametrize("model", ["gated", "classes", "adaln_single", "per_layer", "per_layer_of_text", "states"])
 def test_every_input_matters_and_images_do_not_mix(build, inputs, model):
     image, keywords = inputs
     network = build(range(4), **MODELS[model][0])
     velocity = network(image, **keywords)
     others = {"timesteps_B": torch.tensor([0.3, 0.1]).double(), "text_ids_BL": IDS.clamp_max(5)}
     others |= {"labels_B": torch.tensor([2, 1]), "text_mask_BL": IDS > 2}
-    unread = ["text_ids_BL", "text_mask_BL"] if model == "classes" else ["labels_B"]
+    others["text_states_BLC"] = -keywords["text_states_BLC"]
+    read = {"classes": ["labels_B"], "per_layer": ["labels_B"], "states": ["text_states_BLC", "text_mask_BL"]}
+    read = read.get(model, ["text_ids_BL", "text_mask_BL"])
+    unread = others.keys() - {"timesteps_B", *read}
     for key, other in others.items():
         change = (network(image, **(keywords | {key: other})) - velocity).abs().max()
         assert change == 0 if key in unread else change > 1e-3, key
@@ -153,3 +163,54 @@ def test_only_what_is_recomputed_runs_twice(build, inputs, recompute):
     network(image, **keywords).sum().backward()
     twice = {"none": (4, 2), "block": (8, 4), "moe": (4, 4)}
     assert (runs.count("SelfAttention"), runs.count("Experts")) == twice[recompute]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_whole_model_is_known_without_a_process_group(build, text, model):
+    """Names, shapes and placements, on no device."""
+    changes = MODELS[model][0]
+    built = build(range(4), **changes)
+    whole = whole_model(built.config, changes.get("text", text))
+    described = {name: (p.shape, placement_of(p)) for name, p in whole.named_parameters()}
+    assert described == {name: (p.shape, placement_of(p)) for name, p in built.named_parameters()}
+    assert all(parameter.is_meta for parameter in whole.parameters())
+
+
+def test_the_whole_model_needs_no_size_of_a_microbatch(config, text):
+    whole = whole_model(replace(config, routing_group="batch"), text)
+    assert {name for name, _ in whole.named_parameters()} == {
+        name for name, _ in whole_model(config, text).named_parameters()
+    }
+
+
+@pytest.mark.parametrize("ends", [(0, 2), (1, 3), (2, 4)])
+def test_each_layer_has_its_own_embedders_but_the_first(build, ends):
+    """The first layer's are where those of all layers were, for they serve the head too."""
+    names = {name for name, _ in build(range(*ends), embedders="per_layer", **CLASSES).named_parameters()}
+    parts = ("time_in.weight", "time_in.bias", "time_out.weight", "time_out.bias", "labels")
+    wanted = {f"blocks.{layer}.embedder.{part}" for layer in range(*ends) if layer for part in parts}
+    wanted |= {f"embed.{part}" for part in parts if ends[0] == 0}
+    assert {name for name in names if ".time_" in name or name.endswith("labels")} == wanted
+
+
+def test_embedders_of_a_layer_condition_that_layer_alone(build, inputs):
+    """Layer 0's the head too: with all layers' the same, per-layer embedders compute what shared ones do."""
+    image, keywords = inputs
+    shared, own = build(range(4), **CLASSES), build(range(4), embedders="per_layer", **CLASSES)
+    state = shared.state_dict()
+    for name in own.state_dict():
+        if ".embedder." in name:
+            state[name] = state[f"embed.{name.split('.embedder.')[1]}"]
+    own.load_state_dict(state)
+    velocity = own(image, **keywords)
+    assert torch.equal(velocity, shared(image, **keywords))
+    seen = {}
+    for layer, block in own.blocks.items():
+        block.register_forward_pre_hook(lambda _, args, layer=layer: seen.update({layer: args[1]}))
+    own.head.register_forward_pre_hook(lambda _, args: seen.update({"head": args[1]}))
+    own(image, **keywords)
+    before = dict(seen)
+    with torch.no_grad():
+        own.blocks["2"].embedder.labels.add_(1)
+    own(image, **keywords)
+    assert {name for name, value in seen.items() if not torch.equal(value, before[name])} == {"2"}

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from megadit.model.embed import Embedding, Head, patchify, sincos_positions, time_features, unpatchify
+from megadit.model.text import TextConfig
 
 CPU = torch.device("cpu")
 SIZES = [(8, 8), (4, 12), (12, 4), (2, 2)]
@@ -52,11 +53,12 @@ def test_positions_agree_with_diffusers(scale):
     torch.testing.assert_close(sincos_positions(6, 6, 48, scale, CPU), theirs, rtol=0, atol=1e-12)
 
 
-def test_time_features_agree_with_diffusers():
+@pytest.mark.parametrize("shift", [0, 1])
+def test_time_features_agree_with_diffusers(shift):
     reference = pytest.importorskip("diffusers.models.embeddings", reason="diffusers is the reference")
     times = torch.linspace(0, 1, 33)
-    theirs = reference.get_timestep_embedding(1000 * times, 256, flip_sin_to_cos=True, downscale_freq_shift=0)
-    torch.testing.assert_close(time_features(times), theirs, rtol=0, atol=1e-6)
+    theirs = reference.get_timestep_embedding(1000 * times, 256, flip_sin_to_cos=True, downscale_freq_shift=shift)
+    torch.testing.assert_close(time_features(times, shift), theirs, rtol=0, atol=1e-6)
 
 
 def test_time_features_are_cosines_then_sines():
@@ -88,6 +90,39 @@ def test_embedding_is_patches_and_positions_and_a_time_network(config, text, reg
     assert torch.equal(states, embedding.text(ids, mask))
 
 
+def test_positions_may_be_interpolated_and_frequencies_shifted(config, text, region, filled, randn):
+    config = replace(config, position_interpolation=2.0, time_frequency_shift=1)
+    embedding, image, times = filled(Embedding(config, text, region)), randn(2, 3, 16, 8), torch.tensor([0.2, 0.7])
+    ids = torch.tensor([[2, 7, 3]] * 2)
+    x, cond, _ = embedding(image, times.double(), ids, ids > 0, None)
+    patches = patchify(image, 2) @ embedding.patch.weight.T + embedding.patch.bias
+    torch.testing.assert_close(x, patches + sincos_positions(8, 4, 32, 0.25, CPU), rtol=0, atol=1e-13)
+    hidden = F.silu(time_features(times.double(), 1) @ embedding.time_in.weight.T + embedding.time_in.bias)
+    torch.testing.assert_close(cond, hidden @ embedding.time_out.weight.T + embedding.time_out.bias, rtol=0, atol=1e-13)
+
+
+def test_a_shared_modulation_is_made_here_for_all_layers(config, text, region, filled, randn):
+    """A linear layer of SiLU, as every layer has one where they are not shared; whole again where it is cut."""
+    embedding = filled(Embedding(replace(config, modulation="shared"), text, region))
+    ids = torch.tensor([[2, 7, 3]] * 2)
+    _, cond, shared, states = embedding(randn(2, 3, 8, 8), torch.tensor([0.2, 0.7]).double(), ids, ids > 0, None)
+    linear = embedding.modulation.linear
+    expected = (F.silu(cond) @ linear.weight.T + linear.bias).view(2, 6, 32)
+    torch.testing.assert_close(shared, expected, rtol=0, atol=1e-13)
+    assert torch.equal(states, embedding.text(ids, ids > 0))
+
+
+def test_states_of_a_frozen_encoder_pass_two_layers(config, region, filled, randn):
+    text = TextConfig(kind="states", channels=10, width=16)
+    embedding, states = filled(Embedding(config, text, region)), randn(2, 5, 10)
+    names = {name for name, _ in embedding.named_parameters() if name.startswith("text")}
+    assert names == {f"text.{layer}.{part}" for layer in ("project_in", "project_out") for part in ("weight", "bias")}
+    found = embedding(randn(2, 3, 8, 8), torch.tensor([0.2, 0.7]).double(), None, None, None, states)[-1]
+    first, second = embedding.text.project_in, embedding.text.project_out
+    hidden = F.gelu(states @ first.weight.T + first.bias, approximate="tanh")
+    torch.testing.assert_close(found, hidden @ second.weight.T + second.bias, rtol=0, atol=1e-12)
+
+
 def test_a_class_is_added_to_the_time(config, text, region, filled, randn):
     """As DiT does, with one class more, which stands for none."""
     config = replace(config, conditioning="class", classes=5)
@@ -111,4 +146,16 @@ def test_head_modulates_and_puts_patches_in_their_places(config, region, filled,
     patches = (F.layer_norm(x, (32,), eps=1e-6) * (1 + scale) + shift) @ head.linear.weight.T + head.linear.bias
     image = head(x, cond, (8, 4))
     assert image.shape == (2, 3, 8, 4)
+    torch.testing.assert_close(patchify(image, 2), patches, rtol=0, atol=1e-13)
+
+
+def test_head_of_a_shared_modulation_adds_its_table_to_the_conditioning(config, region, filled, randn):
+    config = replace(config, modulation="shared", out_channels=5)
+    head, x, cond = filled(Head(config, region)), randn(2, 8, 32), randn(2, 32)
+    assert {name for name, _ in head.named_parameters()} == {"modulation.table", "linear.weight", "linear.bias"}
+    shift, scale = (cond + row for row in head.modulation.table)
+    normed = F.layer_norm(x, (32,), eps=1e-6)
+    patches = (normed * (1 + scale[:, None]) + shift[:, None]) @ head.linear.weight.T + head.linear.bias
+    image = head(x, cond, (8, 4))
+    assert image.shape == (2, 5, 8, 4)
     torch.testing.assert_close(patchify(image, 2), patches, rtol=0, atol=1e-13)

@@ -11,25 +11,31 @@ from torch.utils.checkpoint import checkpoint
 from megadit.model.experts import Experts
 from megadit.parallel.placement import Cut, placement_of
 
-KINDS = ["gelu", "swiglu"]
+KINDS = ["gelu", "swiglu", "gelu_bias", "swiglu_bias"]
 COUNTS = [3, 0, 5, 1]
 
 
 @pytest.fixture
 def build(config, filled):
     """Four experts of width 32 and hidden width 48, in float64."""
-    return lambda kind: filled(Experts(4, replace(config, feedforward=kind, expert_ratio=1.5)))
+
+    def experts(kind):
+        feedforward, _, bias = kind.partition("_")
+        return filled(Experts(4, replace(config, feedforward=feedforward, expert_ratio=1.5, bias=bias == "bias")))
+
+    return experts
 
 
 def one_expert(experts, i, x):
     """Expert i, by the formula."""
-    up = x @ experts.up[i]
+    biases = {name: value[i] for name, value in experts.named_parameters() if name.endswith("_bias")}
+    up = x @ experts.up[i] + biases.get("up_bias", 0)
     if experts.gate is None:
         hidden = 0.5 * up * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (up + 0.044715 * up**3)))
     else:
-        gate = x @ experts.gate[i]
+        gate = x @ experts.gate[i] + biases.get("gate_bias", 0)
         hidden = gate / (1 + torch.exp(-gate)) * up
-    return hidden @ experts.down[i]
+    return hidden @ experts.down[i] + biases.get("down_bias", 0)
 
 
 def gradients(output, weight, leaves):
@@ -42,10 +48,19 @@ def close(found, wanted):
         torch.testing.assert_close(mine, want, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("kind", "names"), [("gelu", ["up", "down"]), ("swiglu", ["up", "gate", "down"])])
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("gelu", ["up", "down"]),
+        ("swiglu", ["up", "gate", "down"]),
+        ("gelu_bias", ["up", "down", "up_bias", "down_bias"]),
+        ("swiglu_bias", ["up", "gate", "down", "up_bias", "gate_bias", "down_bias"]),
+    ],
+)
 def test_parameters_are_whole_experts_cut_over_expert_and_tensor_axes(build, kind, names):
     parameters = dict(build(kind).named_parameters())
     shapes = {"up": (4, 32, 48), "gate": (4, 32, 48), "down": (4, 48, 32)}
+    shapes |= {"up_bias": (4, 48), "gate_bias": (4, 48), "down_bias": (4, 32)}
     assert {name: tuple(parameter.shape) for name, parameter in parameters.items()} == {n: shapes[n] for n in names}
     assert all(placement_of(parameter).cuts == (Cut(0, ("ep", "tp")),) for parameter in parameters.values())
 

@@ -143,6 +143,8 @@ FIXED = {
     "gshard": ROUTING_PRESETS["gshard"] | {"experts": 4},
     "classes": {"conditioning": "class", "classes": 3},
     "dense": {"routing": "dense"},
+    "adaln_single": {"modulation": "shared", "bias": True},
+    "per_layer_embedders": {"embedders": "per_layer", "conditioning": "class", "classes": 3},
 }
 CASES = [(model, "none") for model in FIXED]
 CASES += [(model, recompute) for model in ("expert_choice", "capacity") for recompute in ("block", "moe")]
@@ -152,7 +154,7 @@ DROPLESS = TOKEN_CHOICE | {"dropless": True}
 @pytest.fixture
 def model_of(config, text, region, grid, filled):
     def build(changes, recompute="none"):
-        config_of = replace(config, modulation="gated", **changes)
+        config_of = replace(config, **{"modulation": "gated", **changes})
         return filled(ECDiT(config_of, text, range(config_of.layers), region, grid["ep"], recompute))
 
     return build

@@ -11,11 +11,11 @@ from megadit.model.ecdit import ECDiT
 from megadit.model.weights import decays, init_of
 from megadit.parallel.init import initialise
 
-ZERO = ["*.bias", "*modulation.linear.weight", "head.linear.weight"]
+ZERO = ["*.bias", "*_bias", "*.modulation.table", "*modulation.linear.weight", "head.linear.weight"]
 ONE = ["*.q_norm.weight", "*.k_norm.weight", "*.attention_norm.weight", "*.feedforward_norm.weight", "*.norm.weight"]
-SMALL = ["embed.text.tokens", "embed.text.positions", "embed.time_in.weight", "embed.time_out.weight", "embed.labels"]
+SMALL = ["embed.text.tokens", "embed.text.positions", "*.time_in.weight", "*.time_out.weight", "*.labels"]
 INTO_THE_STREAM = ["blocks.*.out.weight", "blocks.*.down.weight", "blocks.*.experts.down"]
-NO_DECAY = ["*.bias", *ONE, "embed.text.tokens", "embed.text.positions", "embed.labels"]
+NO_DECAY = ["*.bias", "*_bias", "*.table", *ONE, "embed.text.tokens", "embed.text.positions", "*.labels"]
 # Changes of the configuration, and how many parameters start at random: the two ends, a block's attention, and
 # feed-forward layers, of which a mixture has a router and perhaps shared ones.
 TEXT_END, TIME_END, ATTENTION = 2 + 4 * 2, 1 + 2, 4
@@ -25,6 +25,11 @@ MODELS = {
     "nucleus": (
         {"feedforward": "swiglu", "shared_experts": 2, "router_input": "timestep", "expert_ratio": 2.0},
         TEXT_END + TIME_END + 4 * (2 * ATTENTION + 3) + 2 * (1 + 3),
+    ),
+    "adaln_single": ({"modulation": "shared"}, TEXT_END + TIME_END + 4 * (2 * ATTENTION + 2) + 2),
+    "per_layer": (
+        {"conditioning": "class", "classes": 40, "embedders": "per_layer"},
+        4 * (1 + 2) + 1 + 4 * (ATTENTION + 2) + 2,
     ),
 }
 
@@ -83,7 +88,8 @@ def test_a_fresh_model_predicts_no_velocity(fresh, randn):
 def test_norms_biases_and_embeddings_do_not_decay(fresh):
     names = [name for name, _ in fresh.named_parameters()]
     assert [name for name in names if not decays(name)] == [name for name in names if matches(name, NO_DECAY)]
-    kept = {"embed.patch.weight", "head.linear.weight", "blocks.0.modulation.linear.weight"}
-    kept |= {"blocks.1.feedforward.router.weight", "blocks.1.feedforward.experts.up", "blocks.0.attention.q.weight"}
+    kept = {"embed.patch.weight", "head.linear.weight", "blocks.0.attention.q.weight"}
+    kept |= {"blocks.1.feedforward.router.weight", "blocks.1.feedforward.experts.up"}
+    kept |= {name for name in names if name.endswith("modulation.linear.weight")}
     kept |= {name for name in names if ".shared." in name and not name.endswith(".bias")}
     assert kept <= {name for name in names if decays(name)}

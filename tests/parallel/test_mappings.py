@@ -59,6 +59,8 @@ def pairs(rank, world_size, region_of):
     expected["sum_tokens"] = (sum_x if is_cut else x[rank], lambda grads: grads[rank])
     # Of an entered tensor, whose gradient is summed over the ranks: work that all of them repeat counts once.
     expected["count_once"] = (x[rank], lambda grads: grads[rank] / (1 if is_cut else RANKS))
+    # Of a replicated tensor: where each rank holds its own tokens, its gradient is only their part.
+    expected["enter_between"] = (x[rank], lambda grads: sum(grads) if is_cut else grads[rank])
     mappings = {name: getattr(region, name) for name in expected}
     # The entrance of replicated tensors is the same in both regions.
     mappings["plain enter"], expected["plain enter"] = lambda x: enter(x, group), (x[rank], sum)
@@ -82,11 +84,11 @@ def test_each_pair_is_the_collective_that_its_name_says(region_of):
     assert run_ranks(pairs, RANKS, region_of) == [[]] * RANKS
 
 
-WEIGHTS = {"modulation": (6, 6), "up": (8, 6), "down": (6, 8), "bias": (6,), "router": (1, 6)}
+WEIGHTS = {"modulation": (6, 6), "up": (8, 6), "down": (6, 8), "bias": (6,), "router": (1, 6), "table": (6,)}
 CUT_DIM = {"modulation": 0, "up": 0, "down": 1}
 
 
-def network(x_BTD, cond_BD, weights, region, group):
+def network(x_BTD, cond_BD, shared_BD, weights, region, group):
     """Modulate, a router, two layers, a bias and a sum, as a block does; region None: uncut."""
 
     def through(name, value):
@@ -98,6 +100,8 @@ def network(x_BTD, cond_BD, weights, region, group):
     x_BTD = x_BTD * scale_BD[:, None]
     # As a router does: it reads tokens between the layers and the conditioning, and all tokens' scores add up.
     score_BT = F.linear(x_BTD, weights["router"])[..., 0] + through("count_once", cond_BD).sum(1, keepdim=True)
+    # As a shared modulation does: it is carried whole, and has not entered.
+    x_BTD = x_BTD + (through("enter_between", shared_BD) + weights["table"])[:, None]
     total_B = through("sum_tokens", score_BT.sigmoid().sum(1))
     hidden_BTF = F.gelu(F.linear(through("enter", x_BTD), weights["up"]))
     x_BTD = x_BTD * score_BT[..., None] + through("leave", F.linear(hidden_BTF, weights["down"])) + weights["bias"]
@@ -106,12 +110,16 @@ def network(x_BTD, cond_BD, weights, region, group):
 
 def problem(region, group, rank):
     """(output, gradients by name) of the network on this rank's part of the weights; whole when region is None."""
-    inputs = {"x": numbers(1, *SHAPE), "cond": numbers(2, SHAPE[0], SHAPE[2])}
+    inputs = {
+        "x": numbers(1, *SHAPE),
+        "cond": numbers(2, SHAPE[0], SHAPE[2]),
+        "shared": numbers(20, SHAPE[0], SHAPE[2]),
+    }
     weights = {name: numbers(3 + i, *shape) for i, (name, shape) in enumerate(WEIGHTS.items())}
     if region is not None:
         weights |= {name: part(weights[name], rank, dim).clone() for name, dim in CUT_DIM.items()}
     leaves = {name: value.requires_grad_() for name, value in (inputs | weights).items()}
-    out = network(inputs["x"], inputs["cond"], weights, region, group)
+    out = network(*inputs.values(), weights, region, group)
     (out * numbers(9, *SHAPE)).sum().backward()
     return out.detach(), {name: leaf.grad for name, leaf in leaves.items()}
 
@@ -120,7 +128,7 @@ def cut_network(rank, world_size, region_of):
     group = Grid(Layout(1, 1, 1, world_size), rank)["tp"]
     out, grads = problem(region_of(group), group, rank)
     if "tp" in region_of.partial:
-        grads |= {name: group.all_reduce(grads[name]) for name in ("bias", "router")}
+        grads |= {name: group.all_reduce(grads[name]) for name in ("bias", "router", "table")}
     expected_out, expected = problem(None, None, 0)
     torch.testing.assert_close(out, expected_out, rtol=1e-12, atol=1e-12)
     for name, grad in grads.items():

@@ -30,6 +30,8 @@ MODELS = {
     ),
     "shared": ("model.gate=sigmoid", "model.shared_experts=2", "model.feedforward=swiglu", "model.moe_every=3"),
     "classes": ("model.conditioning=class", "model.classes=10"),
+    "adaln_single": ("model.modulation=shared", "model.bias=true", "model.router_input=timestep"),
+    "per_layer_embedders": ("model.embedders=per_layer", "model.conditioning=class", "model.classes=10"),
     "dense": ("model.routing=dense",),
 }
 # The first stages have no experts, and the stages are not equally long.
@@ -153,6 +155,10 @@ FAST = [
     Case(Layout(2, 2, 1, 1), "zbv", sequence=True, model="uneven"),
     Case(Layout(1, 4, 1, 1), engine="zero1", model="uneven"),
     Case(Layout(2, 2, 2, 1), "interleaved", sequence=True),
+    Case(Layout(2, 2, 1, 1), model="adaln_single"),
+    Case(Layout(2, 2, 1, 1), "zbv", sequence=True, model="adaln_single"),
+    Case(Layout(2, 2, 1, 1), "zbv", model="per_layer_embedders"),
+    Case(Layout(2, 2, 1, 1), "interleaved", True, "block", model="per_layer_embedders"),
 ]
 
 

@@ -155,6 +155,17 @@ CASES = {
         ["parallel.tensor=2 does not divide the shared experts' hidden width=21; use 1"],
     ),
     "classes": (1, ["model.conditioning=class"], ["model.conditioning=class needs model.classes"]),
+    "embedders of a shared modulation": (
+        1,
+        ["model.modulation=shared", "model.embedders=per_layer"],
+        ["model.modulation=shared reads one conditioning", "use model.embedders=shared"],
+    ),
+    "captions as states": (1, ["text.kind=states"], ["text.kind=states reads", "captions need text.kind=builtin"]),
+    "a learned variance": (
+        2,
+        ["model.out_channels=6"],
+        ["model.out_channels=6 is not model.channels=1", "use model.out_channels=0"],
+    ),
     "world": (3, ["parallel.tensor=2"], ["parallel.tensor=2", "does not divide the 3 processes"]),
     "world too small": (1, ["parallel.pipeline=2"], ["pipeline=2", "does not divide the 1 processes"]),
     "batch": (

@@ -17,6 +17,7 @@ from megadit.training.config import (
     check,
     describe,
     experts_divide,
+    key_of,
     layers_fill_stages,
     load_config,
     parse,
@@ -62,10 +63,12 @@ def test_an_empty_file_is_the_defaults(tmp_path):
         ("run.seed=-7", -7),
         ("run.name=a=b", "a=b"),
         ("text.tokenizer=", ""),
+        ("checkpoint.async=true", True),
     ],
 )
 def test_values_are_read_as_their_field_says(override, value):
     section, key = override.partition("=")[0].split(".")
+    key = "async_" if key == "async" else key
     found = getattr(getattr(load_config(CONFIG, [override]), section), key)
     assert found == value
     assert type(found) is type(value)
@@ -83,6 +86,7 @@ def test_a_number_like_1e_3_in_the_file_is_a_number(tmp_path):
         ["model.preset=ec-dit-m-64e", "model.layers=3"],
         ["model.routing_preset=nucleus", "model.capacity_overrides={3: 2.5}", "model.routing_group=2"],
         ["model.routing_preset=dit-moe"],
+        ["checkpoint.async=true", "checkpoint.keep_every=100"],
     ],
 )
 def test_the_saved_configuration_reads_back_as_the_identical_one(overrides, tmp_path):
@@ -95,7 +99,7 @@ def test_the_saved_configuration_reads_back_as_the_identical_one(overrides, tmp_
 def test_the_saved_configuration_writes_out_every_key():
     written = yaml.safe_load(RunConfig().to_yaml())
     assert {section: list(keys) for section, keys in written.items()} == {
-        section: [field.name for field in dataclasses.fields(kind)] for section, kind in SECTIONS.items()
+        section: [key_of(field.name) for field in dataclasses.fields(kind)] for section, kind in SECTIONS.items()
     }
 
 
@@ -127,7 +131,9 @@ def test_every_preset_passes_the_rules(preset):
 
 def test_help_lists_every_key_as_an_override_that_sets_its_default(tmp_path):
     listed = [re.split(r"\s{2,}", line.strip())[0] for line in describe().splitlines() if line.startswith("  ")]
-    keys = [f"{section}.{field.name}" for section, kind in SECTIONS.items() for field in dataclasses.fields(kind)]
+    keys = [
+        f"{section}.{key_of(field.name)}" for section, kind in SECTIONS.items() for field in dataclasses.fields(kind)
+    ]
     assert [override.partition("=")[0] for override in listed] == keys
     other = write(tmp_path / "x.yaml", "optim: {lr: 5, betas: [0.1, 0.2]}\nrun: {seed: 5, dtype: float64}\n")
     assert load_config(other, listed) == RunConfig()

@@ -53,7 +53,7 @@ def perturbed(rank, world_size):
     """The held-out loss and pictures as they are, with other raw weights, and with other averages."""
     run = trained(rank, world_size, ["sample.steps=1", "log.samples=2"])
     found = [(heldout_loss(run), sample_pictures(run).numpy())]
-    for tensors in ([parameter.data for _, parameter in run.named], run.ema.average.values()):
+    for tensors in ([parameter.data for _, parameter in run.named], [f.flat for f in run.ema.averages]):
         for tensor in tensors:
             tensor.mul_(1.5).add_(0.01)
         found.append((heldout_loss(run), sample_pictures(run).numpy()))

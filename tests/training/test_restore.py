@@ -1,18 +1,22 @@
 """A run opened for sampling has the averages that its own ranks had, whatever their layout was."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
+from megadit import checkpoint
 from megadit.data.loader import open_dataset
 from megadit.parallel.grid import ParallelConfig
-from megadit.parallel.placement import placement_of
 from megadit.runtime.launch import Process
 from megadit.training.build import named_parameters
 from megadit.training.config import check, images_per_group, load_config
 from megadit.training.evaluate import sample_pictures
 from megadit.training.loop import prepare_directory, save, train
 from megadit.training.restore import as_drawn, open_sampler
+from megadit.training.state import logical_state
 from tests.ranks import run_ranks
 from tests.training.assembled import CONFIG, assembled
 
@@ -21,15 +25,18 @@ PROMPTS = ["a handwritten three", "the digit 7", "number one"]
 
 
 def train_and_draw(rank, world_size, folder, overrides):
-    """Train; this rank's averages as {name: (offsets, part)}, and the pictures that its ranks draw together."""
+    """Train; this rank's averages as [(name, offsets, part)], and the pictures that its ranks draw together."""
     layout = ["parallel.tensor=2", "parallel.expert=2", "run.dtype=float32", "zero.stage=1"]
     run = assembled(rank, world_size, f"run.dir={folder}", f"run.steps={STEPS}", "optim.lr=0.02", *layout, *overrides)
     prepare_directory(run)
     train(run, 0)
-    averages = {
-        name: (placement_of(parameter).offsets(parameter.shape, run.grid), run.ema.average[name].numpy())
-        for name, parameter in run.named
-    }
+    state = logical_state(run.named, run.ema, run.engine, run.grid, owned_only=False)
+    averages = [
+        (name.removeprefix("ema."), piece.offsets, piece.tensor.numpy().copy())
+        for name, tensor in state.items()
+        for piece in tensor.pieces
+        if name.startswith("ema.")
+    ]
     return averages, sample_pictures(run).numpy()
 
 
@@ -63,9 +70,9 @@ def test_one_process_restores_the_averages_of_four_bitwise(trained):
     folder, results = trained
     ((step, weights, _),) = run_ranks(restored, 1, folder, None)
     assert step == STEPS
+    assert {name for averages, _ in results for name, *_ in averages} == weights.keys()
     for averages, _ in results:
-        assert averages.keys() == weights.keys()
-        for name, (offsets, part) in averages.items():
+        for name, offsets, part in averages:
             place = tuple(slice(begin, begin + size) for begin, size in zip(offsets, part.shape, strict=True))
             assert weights[name][place].tobytes() == part.tobytes(), name
 
@@ -87,7 +94,7 @@ def test_bf16_weights_are_the_averages_rounded(tmp_path):
     ((_, weights, pictures),) = run_ranks(restored, 1, tmp_path / "run", None)
     finer = 0
     for averages, _ in results:
-        for name, (offsets, part) in averages.items():
+        for name, offsets, part in averages:
             assert part.dtype == np.float32
             place = tuple(slice(begin, begin + size) for begin, size in zip(offsets, part.shape, strict=True))
             rounded = torch.from_numpy(part).bfloat16().float().numpy()
@@ -95,6 +102,49 @@ def test_bf16_weights_are_the_averages_rounded(tmp_path):
             finer += int((part != rounded).sum())
     assert finer > 0, "the averages lost their precision"
     assert pictures.dtype == np.float32 and np.isfinite(pictures).all()
+
+
+def keep_weights_alone(rank, world_size, folder, kinds, dtype):
+    """Make the run's newest checkpoint one as a conversion writes it: its weights, or more, in another precision."""
+    path = checkpoint.latest(folder / "checkpoints")
+    tensors = {
+        name: tensor.to(dtype)
+        for name, tensor in checkpoint.load_tensors(path).items()
+        if name.partition(".")[0] in kinds
+    }
+    pieces = {name: (checkpoint.Piece((0,) * tensor.ndim, tensor),) for name, tensor in tensors.items()}
+    logical = {name: checkpoint.LogicalTensor(tuple(t.shape), dtype, pieces[name]) for name, t in tensors.items()}
+    checkpoint.save(path.parent, STEPS + 1, logical, checkpoint.read_manifest(path)["metadata"])
+    return {name: tensor.float().numpy() for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "dtype", "drawn"),
+    [
+        (["weight"], torch.float32, "weight"),
+        (["weight"], torch.bfloat16, "weight"),
+        (["weight", "ema"], torch.float32, "ema"),
+    ],
+    ids=["weights", "rounded weights", "weights and averages"],
+)
+def test_of_a_checkpoint_without_averages_the_weights_are_drawn_with(kinds, dtype, drawn, trained, tmp_path):
+    folder = shutil.copytree(trained[0], tmp_path / "run")
+    (tensors,) = run_ranks(keep_weights_alone, 1, folder, kinds, dtype)
+    for step, weights, pictures in run_ranks(restored, 2, folder, ParallelConfig(pipeline=2)):
+        assert step == STEPS + 1
+        for name, weight in weights.items():
+            assert weight.tobytes() == tensors[f"{drawn}.{name}"].tobytes(), name
+        assert np.isfinite(pictures).all()
+
+
+def test_a_tensor_that_the_checkpoint_lacks_is_named(trained, tmp_path):
+    folder = shutil.copytree(trained[0], tmp_path / "run")
+    (manifest,) = (folder / "checkpoints").glob("*/manifest.json")
+    content = json.loads(manifest.read_text())
+    del content["tensors"]["ema.blocks.2.attention.q.weight"]
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="ema.blocks.2.attention.q.weight: it is not in the checkpoint"):
+        run_ranks(newest, 1, folder)
 
 
 CLASS_GROUPS = ["model.conditioning=class", "model.classes=10", "model.routing_group=batch", "log.samples=6"]

@@ -141,6 +141,10 @@ class Region(Protocol):
         """An entered tensor for work between the layers. Work that every rank repeats would count its gradient on each
         of them in the sum at entering."""
 
+    def enter_between(self, x: Tensor) -> Tensor:
+        """A replicated tensor for work between the layers: its gradient is a sum over tokens, and so over the ranks
+        where the tokens are cut."""
+
 
 class ReplicatedTokens:
     """Every rank of the group holds every token between the layers (Megatron's tensor parallelism)."""
@@ -170,6 +174,9 @@ class ReplicatedTokens:
 
     def count_once(self, x: Tensor) -> Tensor:
         return _CountOnce.apply(x, self.group)
+
+    def enter_between(self, x: Tensor) -> Tensor:
+        return x
 
 
 class CutTokens:
@@ -201,3 +208,6 @@ class CutTokens:
 
     def count_once(self, x: Tensor) -> Tensor:
         return x
+
+    def enter_between(self, x: Tensor) -> Tensor:
+        return _Enter.apply(x, self.group)

@@ -1,0 +1,1 @@
+"""Weights in and out: checkpoints, plain safetensors, and the networks of diffusers."""
