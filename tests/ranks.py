@@ -242,6 +242,11 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, limit: float 
     return results
 
 
+def heed_interrupts() -> None:
+    """For a child process, before its program starts: what a shell runs in the background ignores SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def free_port() -> int:
     """A port that was free a moment ago."""
     with socket.socket() as listener:

@@ -16,12 +16,22 @@ import json
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
 _LATEST = "latest"
 _STEP = re.compile(r"step_(\d{8,})(?:\.replaced)?")
+
+
+@dataclass(frozen=True)
+class SavedFile:
+    """One file of a checkpoint, as the manifest lists it."""
+
+    name: str
+    size: int
+    sha256: str
 
 
 def step_path(folder: Path, step: int) -> Path:
@@ -41,7 +51,7 @@ def read_manifest(path: Path) -> dict:
     """
     try:
         manifest = json.loads((Path(path) / _MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not a complete checkpoint: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{path}/{_MANIFEST} is not of format {FORMAT}, the one that this version reads")
@@ -102,16 +112,16 @@ def commit(folder: Path, step: int, manifest: dict, keep: int, keep_every: int =
     """
     partial, final = partial_path(folder, step), step_path(folder, step)
     replaced = final.with_suffix(".replaced")
-    _write_synced(partial / _MANIFEST, json.dumps(manifest))
-    _sync_folder(partial)
+    write_synced(partial / _MANIFEST, json.dumps(manifest).encode())
+    sync_folder(partial)
     # All that needs room on the disk comes before the first rename: a full disk leaves the old state.
-    _write_synced(folder / f"{_LATEST}.new", final.name + "\n")
+    write_synced(folder / f"{_LATEST}.new", f"{final.name}\n".encode())
     if final.exists():
         final.rename(replaced)
     partial.rename(final)
-    _sync_folder(folder)
+    sync_folder(folder)
     os.replace(folder / f"{_LATEST}.new", folder / _LATEST)
-    _sync_folder(folder)
+    sync_folder(folder)
     if replaced.exists():
         _discard(replaced)
     if keep > 0:
@@ -139,14 +149,15 @@ def _discard(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file and put it on disk."""
+    with path.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
     """Put renames and new files on disk; without it a power failure, though not a kill, could undo their order."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -50,21 +50,13 @@ class StoredBox(NamedTuple):
         return f"{name}@{','.join(map(str, self.offsets))}"
 
 
-class SavedFile(NamedTuple):
-    """A file as the manifest lists it."""
-
-    name: str
-    size: int
-    sha256: str
-
-
 @dataclass(frozen=True)
 class Manifest:
     """What a checkpoint says of itself."""
 
     step: int
     config: dict[str, Any]
-    files: list[SavedFile]
+    files: list[disk.SavedFile]
     tensors: dict[str, Spec]
     boxes: dict[str, list[StoredBox]]
 
@@ -74,7 +66,7 @@ def read_checked_manifest(path: Path) -> Manifest:
     where = path / MANIFEST_FILE
     try:
         raw = disk.read_manifest(path)
-        files = [SavedFile(entry["name"], entry["size"], entry["sha256"]) for entry in raw["files"]]
+        files = [disk.SavedFile(entry["name"], entry["size"], entry["sha256"]) for entry in raw["files"]]
         tensors, boxes = {}, {}
         for name, entry in raw["tensors"].items():
             if str(entry["dtype"]) not in DTYPES:
@@ -85,7 +77,7 @@ def read_checked_manifest(path: Path) -> Manifest:
             boxes[name] = [StoredBox(tuple(offsets), tuple(sizes), file) for offsets, sizes, file in entry["boxes"]]
         manifest = Manifest(int(raw["step"]), dict(raw["metadata"].get("config") or {}), files, tensors, boxes)
         faults = manifest_faults(manifest)
-    except (UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{where} is damaged: {type(error).__name__}: {error}") from error
     if faults:
         raise ValueError(f"{where} is damaged: {'; '.join(faults)}")

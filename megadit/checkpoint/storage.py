@@ -8,7 +8,6 @@ manifest.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -40,20 +39,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megadit.checkpoint import folder as disk
-
-_SAFETENSORS_CODE = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _SAFETENSORS_CODE}
+from megadit.checkpoint.tensor_file import CODES, DTYPES, HashedTensorFileWriter, Spec
 
 
 @dataclass(frozen=True)
@@ -84,7 +70,7 @@ class Shards(torch.Tensor):
     @staticmethod
     def of(name: str, logical: LogicalTensor) -> Shards:
         """Raises ValueError, naming the tensor, for a piece that does not fit into it."""
-        if logical.dtype not in _SAFETENSORS_CODE:
+        if logical.dtype not in CODES:
             raise ValueError(f"{name}: a checkpoint cannot hold {logical.dtype}")
         for piece in logical.pieces:
             box = f"{name}: a piece at {tuple(piece.offsets)} of sizes {tuple(piece.tensor.shape)}"
@@ -181,15 +167,6 @@ class StrictLoadPlanner(DefaultLoadPlanner):
         return super().create_local_plan()
 
 
-@dataclass(frozen=True)
-class SavedFile:
-    """One rank's file, as the manifest lists it."""
-
-    name: str
-    size: int
-    sha256: str
-
-
 class Writer(StorageWriter):
     """Writes one safetensors file per rank; rank 0 then writes the manifest and makes the checkpoint the latest."""
 
@@ -221,36 +198,17 @@ class Writer(StorageWriter):
         if not plan.items:
             future.set_result([])
             return future
-        # Widest dtype first: safetensors packs without gaps, and so each tensor is still aligned.
-        items = sorted(plan.items, key=lambda item: -_tensor_data(item).properties.dtype.itemsize)
-        header, end = {}, 0
-        for item in items:
-            data = _tensor_data(item)
-            begin, end = end, end + _num_bytes(data)
-            header[_key(item.index)] = {
-                "dtype": _SAFETENSORS_CODE[data.properties.dtype],
-                "shape": list(data.chunk.sizes),
-                "data_offsets": [begin, end],
-            }
-        encoded = json.dumps(header).encode()
-        encoded += b" " * (-len(encoded) % 8)
-
-        digest = hashlib.sha256()
+        items = {_key(item.index): item for item in plan.items}
+        specs = {key: _spec(_tensor_data(item)) for key, item in items.items()}
         path = disk.partial_path(self.folder, self.step) / plan.storage_data
-        with path.open("xb") as file:
-            start = len(encoded).to_bytes(8, "little") + encoded
-            file.write(start)
-            digest.update(start)
-            for item in items:  # one at a time: a rank never holds a second copy of its state
-                tensor = planner.resolve_data(item)
+        with HashedTensorFileWriter(path, specs) as file:
+            for key in file.order:  # one at a time: a rank never holds a second copy of its state
+                tensor = planner.resolve_data(items[key])
                 assert isinstance(tensor, torch.Tensor)
-                block = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-                file.write(block)
-                digest.update(block)
-            file.flush()
-            os.fsync(file.fileno())
-        saved = SavedFile(path.name, len(start) + end, digest.hexdigest())
-        future.set_result([WriteResult(item.index, _num_bytes(_tensor_data(item)), saved) for item in items])
+                file.write(tensor)
+        saved = disk.SavedFile(path.name, file.size, file.digest.hexdigest())
+        results = [WriteResult(item.index, specs[key].num_bytes, saved) for key, item in items.items()]
+        future.set_result(results)
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -259,7 +217,7 @@ class Writer(StorageWriter):
             assert isinstance(entry, TensorStorageMetadata)
             dtype = str(entry.properties.dtype).removeprefix("torch.")
             tensors[name] = {"shape": list(entry.size), "dtype": dtype, "boxes": []}
-        files: dict[str, SavedFile] = {}
+        files: dict[str, disk.SavedFile] = {}
         for result in (result for of_rank in results for result in of_rank):
             files[result.storage_data.name] = result.storage_data
             chunk = metadata.state_dict_metadata[result.index.fqn].chunks[result.index.index]  # type: ignore[union-attr,index]
@@ -340,8 +298,8 @@ def _tensor_data(item: WriteItem) -> TensorWriteData:
     return item.tensor_data
 
 
-def _num_bytes(data: TensorWriteData) -> int:
-    return math.prod(data.chunk.sizes) * data.properties.dtype.itemsize
+def _spec(data: TensorWriteData) -> Spec:
+    return Spec(tuple(data.chunk.sizes), data.properties.dtype)
 
 
 def _key(index: MetadataIndex) -> str:

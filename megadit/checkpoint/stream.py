@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,7 +137,7 @@ def write_checkpoint(
         with HashedTensorFileWriter(path, {key: spec for key, (_, spec) in boxes.items()}) as file:
             for key in file.order:
                 _pour(feeds[boxes[key][0].tensor], boxes[key][0], file, progress)
-        files.append({"name": path.name, "size": file.size, "sha256": file.digest.hexdigest()})
+        files.append(asdict(disk.SavedFile(path.name, file.size, file.digest.hexdigest())))
     manifest = {
         "format": disk.FORMAT,
         "step": step,
@@ -184,9 +185,9 @@ def write_folder(
         total += sum(spec.num_bytes for spec in specs.values())
     if len(plan) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_synced(folder / f"{stem}.safetensors.index.json", _pretty(index))
-    write_synced(folder / CONFIG_FILE, _pretty(config))
-    sync_folder(folder)
+        disk.write_synced(folder / f"{stem}.safetensors.index.json", _pretty(index))
+    disk.write_synced(folder / CONFIG_FILE, _pretty(config))
+    disk.sync_folder(folder)
 
 
 def _pretty(value: Mapping[str, Any]) -> bytes:
@@ -211,7 +212,7 @@ def appearing(folder: Path, may_replace: Callable[[Path], bool] | None = None) -
     lock = _claim(partial)
     try:
         yield partial
-        sync_folder(partial)
+        disk.sync_folder(partial)
         _check_destination(folder, may_replace)
         if folder.exists() and any(folder.iterdir()):
             replaced = folder.with_name(folder.name + ".replaced")
@@ -221,7 +222,7 @@ def appearing(folder: Path, may_replace: Callable[[Path], bool] | None = None) -
             shutil.rmtree(replaced, ignore_errors=True)
         else:
             partial.rename(folder)
-        sync_folder(folder.parent)
+        disk.sync_folder(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -257,20 +258,3 @@ def _claim(partial: Path) -> int:
         else:
             stale.unlink()
     return lock
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a file and put it on disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Put the names in a folder on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 
 import megadit
+from megadit.checkpoint.folder import write_synced
 from megadit.checkpoint.source import CONFIG_FILE
-from megadit.checkpoint.stream import Outgoing, Progress, appearing, write_folder, write_synced
+from megadit.checkpoint.stream import Outgoing, Progress, appearing, write_folder
 from megadit.conversion.mapping import fitting_architecture, theirs_outgoing
 from megadit.conversion.run_folder import all_outgoing
 from megadit.conversion.weights import FORMAT, Bar, Weights, open_weights, parameters_of

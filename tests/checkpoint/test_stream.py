@@ -16,6 +16,7 @@ from megadit.checkpoint.folder import check_file, latest
 from megadit.checkpoint.source import open_source
 from megadit.checkpoint.stream import Outgoing, appearing, plan_files, write_checkpoint, write_folder
 from megadit.checkpoint.tensor_file import CODES, Spec, TensorFileWriter
+from tests.ranks import heed_interrupts
 
 TENSORS = {
     "byte": torch.tensor([1, 2, 3], dtype=torch.uint8),
@@ -213,7 +214,10 @@ with appearing(Path(sys.argv[1])) as partial:
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_writer_leaves_no_folder(sent, tmp_path):
     writer = subprocess.Popen(
-        [sys.executable, "-c", KILLED, tmp_path / "out"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", KILLED, tmp_path / "out"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=heed_interrupts,
     )
     assert writer.stdout.readline() == b"begun\n"
     writer.send_signal(sent)

@@ -219,6 +219,23 @@ def test_training_goes_on_from_the_step_on_other_ranks(state, tmp_path):
     assert moe[0]["loss"] == pytest.approx(dense[4]["loss"], rel=1e-9 if state == "float64" else 2e-2)
 
 
+def test_twenty_steps_start_where_the_dense_model_stood_and_lower_the_held_out_loss(tmp_path):
+    """The digits example, under ZeRO-1 in float32."""
+    digits = ["--config", "examples/configs/digits_dense.yaml", "log.evaluate_every=20", "log.sample_every=0"]
+    begun = [*digits, f"run.dir={tmp_path / 'dense'}", "run.steps=40"]
+    assert [status for status, _ in train_on(1, *begun)] == [0]
+    made = upcycle(tmp_path / "dense", tmp_path / "moe", SURE, 0.0, None, silent)
+    assert made.departures == []
+    assert [status for status, _ in train_on(1, *begun, "run.steps=41")] == [0]
+    assert [status for status, _ in train_on(1, "--config", str(tmp_path / "moe" / "config.yaml"), "run.steps=60")] == [
+        0
+    ]
+    dense, moe = (read_metrics(tmp_path / name / METRICS_FILE) for name in ("dense", "moe"))
+    assert [line["step"] for line in moe] == list(range(41, 61))
+    assert moe[0]["loss"] == pytest.approx(dense[40]["loss"], abs=1e-4)
+    assert moe[-1]["heldout_loss"] < 0.95 * dense[39]["heldout_loss"]
+
+
 def test_an_export_is_upcycled_as_weights_alone(tmp_path):
     make_run(tmp_path / "dense", *DENSE)
     export_weights(tmp_path / "dense", tmp_path / "out", Export(weights="model", dtype=torch.float16), silent)

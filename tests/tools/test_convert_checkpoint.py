@@ -14,6 +14,7 @@ import torch
 
 from megadit.checkpoint.folder import latest
 from tests.conversion.made import files_in, make_run
+from tests.ranks import heed_interrupts
 
 TOOL = "tools/convert_checkpoint.py"
 
@@ -208,6 +209,35 @@ def test_a_spoilt_source_is_refused_by_every_command_and_leaves_nothing(how, con
     assert status == (0 if how in ("missing tensor", "extra tensor", "wrong shape", "header garbage") else 2)
 
 
+class Payload:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "model.safetensors"])
+def test_a_pickle_is_refused_and_its_code_does_not_run(name, convert, tmp_path):
+    mark, folder = tmp_path / "mark", tmp_path / "theirs"
+    folder.mkdir()
+    torch.save({"weight": Payload(mark)}, folder / name)
+    (folder / "config.json").write_text('{"_class_name": "PixArtTransformer2DModel"}')
+    for argv in (
+        ["inspect", folder],
+        ["verify", folder],
+        *(make(folder, tmp_path / "out") for make in COMMANDS.values()),
+    ):
+        status, out, errors = convert(*argv)
+        assert status == 2
+        assert name in out + errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
+    torch.load((folder / name).rename(tmp_path / "payload.pt"), weights_only=False)
+    assert mark.exists(), "the payload works"
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_destination_in_use_or_out_of_reach_is_refused(command, convert, dense, tmp_path):
     (tmp_path / "full").mkdir()
@@ -252,7 +282,10 @@ def test_ctrl_c_leaves_nothing(tmp_path):
     make_run(tmp_path / "run", "model.width=256", "model.layers=24", "model.experts=8", kinds=("weight",))
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     tool = subprocess.Popen(
-        [sys.executable, TOOL, "export", tmp_path / "run", tmp_path / "out"], stderr=subprocess.PIPE, env=environment
+        [sys.executable, TOOL, "export", tmp_path / "run", tmp_path / "out"],
+        stderr=subprocess.PIPE,
+        env=environment,
+        preexec_fn=heed_interrupts,
     )
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("out.partial/*")):
