@@ -11,6 +11,7 @@ change the disk are called by one rank.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -145,8 +146,8 @@ def _complete(folder: Path) -> dict[int, Path]:
 def _discard(path: Path) -> None:
     # Renamed first: a kill halfway through the removal must not leave something that looks complete. What cannot be
     # removed now (NFS, while another process has a file open) is no reason to fail a save; the next one tries again.
-    doomed = path.rename(path.with_name(path.name + ".partial"))
-    shutil.rmtree(doomed, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path.rename(path.with_name(path.name + ".partial")), ignore_errors=True)
 
 
 def write_synced(path: Path, content: bytes) -> None:

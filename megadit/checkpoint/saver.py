@@ -7,6 +7,7 @@ The thread's collectives go over a process group that nothing else uses: those o
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import weakref
@@ -116,6 +117,8 @@ def _host_memory(num_bytes: int, page_locked: bool) -> torch.Tensor:
         cudart, address = torch.cuda.cudart(), memory.data_ptr()
         status = int(cudart.cudaHostRegister(address, num_bytes, 0))
         if status:
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device="cuda")  # CUDA keeps the error for the next launch, which this one is
             logger.warning("host memory for checkpoints is not page-locked (CUDA error %d): saves are slower", status)
         else:
             weakref.finalize(memory, cudart.cudaHostUnregister, address).atexit = False

@@ -77,7 +77,9 @@ def read_checked_manifest(path: Path) -> Manifest:
             boxes[name] = [StoredBox(tuple(offsets), tuple(sizes), file) for offsets, sizes, file in entry["boxes"]]
         manifest = Manifest(int(raw["step"]), dict(raw["metadata"].get("config") or {}), files, tensors, boxes)
         faults = manifest_faults(manifest)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if str(path) in str(error):  # it says what is wrong
+            raise
         raise ValueError(f"{where} is damaged: {type(error).__name__}: {error}") from error
     if faults:
         raise ValueError(f"{where} is damaged: {'; '.join(faults)}")
@@ -108,6 +110,11 @@ class CheckpointSource:
         for file in self.manifest.files:
             disk.check_file(path / file.name, file.size, None)
         self._headers: dict[str, dict[str, Entry]] = {}
+
+    def verify_share(self, rank: int, size: int) -> None:
+        """Check the sha256 of one in `size` files. Raises ValueError naming one that is damaged."""
+        for file in self.manifest.files[rank::size]:
+            disk.check_file(self.path / file.name, file.size, file.sha256)
 
     def parameters(self, kind: str) -> dict[str, Spec]:
         """The tensors of a kind ("weight", "master", "ema", "exp_avg", "exp_avg_sq") under their parameters' names."""
@@ -245,6 +252,14 @@ def find_checkpoint(path: Path) -> Path:
             f"{path} is no checkpoint (no {MANIFEST_FILE}) and no run (no checkpoints/step_*/{MANIFEST_FILE})"
         )
     return found
+
+
+def locate(path: Path) -> Path:
+    """The folder that `open_source` would open now: of a run, which goes on, its latest checkpoint of this moment.
+
+    Raises ValueError saying what is missing.
+    """
+    return path if is_folder_source(path) else find_checkpoint(path)
 
 
 def open_source(path: Path) -> CheckpointSource | FolderSource:

@@ -128,11 +128,12 @@ def read_tokenizer(config: RunConfig, corpus: Sequence[str]) -> Tokenizer:
 
 
 def tokenizer_beside(weights: Path) -> Path:
-    """The tokenizer of a run's folder, of the run that a checkpoint's folder is in, or of an export.
+    """The tokenizer of a run's folder, of an export, or of the run that a checkpoint, or its folder of them, is in.
 
     Raises ValueError where there is none.
     """
-    for folder in (weights, weights.parent.parent):
+    weights = weights.resolve()
+    for folder in (weights, weights.parent, weights.parent.parent):
         if (folder / TOKENIZER_FILE).is_file():
             return folder / TOKENIZER_FILE
     raise ValueError(

@@ -194,8 +194,8 @@ def check_known(name: object, known: Sequence[str] | Mapping[str, Any], what: st
 
 def differing(section: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What to say of each key of a section whose value is another one now."""
-    keys = (key for key in now if before.get(key) != now[key])
-    return [f"{section}.{key}={before.get(key)} is now {now[key]}" for key in keys]
+    before = RunConfig().to_dict()[section] | dict(before)  # an older version had by default what it did not know
+    return [f"{section}.{key}={before[key]} is now {now[key]}" for key in now if before[key] != now[key]]
 
 
 def describe() -> str:

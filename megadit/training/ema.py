@@ -39,10 +39,8 @@ class Ema:
     def swapped_in(self) -> Iterator[None]:
         """Within the context the model's parameters are the averages, and `averages` the masters. Collective."""
         self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
+        yield  # no `finally`: a rank that fails must not wait for others in the collective of swapping back
+        self._swap()
 
     @torch.no_grad()
     def _swap(self) -> None:

@@ -7,34 +7,39 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megadit.checkpoint import LogicalTensor
-from megadit.checkpoint.source import CheckpointSource, FolderSource, Spec, open_source
+from megadit.checkpoint.source import CheckpointSource, FolderSource, Spec, locate, open_source
 from megadit.model.ecdit import whole_model
+from megadit.runtime.agreement import of_main, together
 from megadit.training.build import Run
 from megadit.training.config import RunConfig, differing
-from megadit.training.state import logical_state
+from megadit.training.state import logical_fragment
 
 logger = logging.getLogger("megadit")
 
-FILLED = ("weight", "master", "ema")  # kinds of state that start as the weights; the moments start at zero
-
 
 def load_initial(run: Run) -> None:
-    """Put the weights of `run.init_from` into the parameters, their masters and averages. Each rank reads its own part.
+    """Put the weights of `run.init_from` into the masters, so into the parameters, and into the averages. Collective.
 
-    Raises ValueError naming the folder, and every tensor that is missing, left over or of another shape.
+    Each rank reads what it owns. Raises ValueError on all ranks, naming the folder, and every tensor that is missing,
+    left over or of another shape.
     """
-    path = Path(run.config.run.init_from).expanduser()
-    source = open_source(path)
-    names = names_of_weights(source, run.config.run.init_weights)
-    check_accounted(path, names, run.config)
-    for key, tensor in logical_state(run.named, run.ema, run.engine, run.grid, owned_only=False).items():
-        kind, _, name = key.partition(".")
-        if kind in FILLED:
-            fill(tensor, source, names[name][0])
+    path = of_main(lambda: locate(Path(run.config.run.init_from).expanduser()))
+    parameters = dict(run.named)
+    with together():
+        source = open_source(path)
+        names = names_of_weights(source, run.config.run.init_weights)
+        check_accounted(path, names, run.config)
+        if isinstance(source, CheckpointSource):
+            source.verify_share(run.process.rank, run.process.world_size)
+        for fragment in (*run.engine.masters(), *run.ema.averages):
+            fill(logical_fragment(parameters[fragment.name], fragment, run.grid), source, names[fragment.name][0])
     run.engine.restored(0)
     logger.info("starting from the weights of %s", path)
-    for change in differing("model", source.config.get("model", {}), run.config.to_dict()["model"]):
-        logger.warning("starting with another model than that of %s: %s", path, change)
+    now = run.config.to_dict()
+    for section in ("model", "text"):
+        for change in differing(section, source.config.get(section, {}), now[section]):
+            if not change.startswith("text.tokenizer="):  # a path; the tokenizer itself comes along
+                logger.warning("starting with another network than that of %s: %s", path, change)
 
 
 def names_of_weights(source: CheckpointSource | FolderSource, weights: str) -> dict[str, tuple[str, Spec]]:

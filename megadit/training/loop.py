@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
@@ -17,6 +17,7 @@ import megadit
 from megadit import checkpoint
 from megadit.encoders.condition import Captions
 from megadit.model.count import forward_flops
+from megadit.runtime.agreement import of_main
 from megadit.runtime.clock import Clock, peak_memory_gb
 from megadit.sampling.picture import save_grid
 from megadit.training.build import TOKENIZER_FILE, Run
@@ -42,28 +43,43 @@ def resume(run: Run) -> int:
 
     Raises ValueError naming the tensor or file when the checkpoint is damaged or does not fit the run.
     """
-    # One rank looks: others may see the folder later, or not at all, and would go another way.
-    found = [checkpoint.latest(run.config.directory / "checkpoints") if run.process.is_main else None]
-    dist.broadcast_object_list(found, src=0)
-    path = found[0]
-    if path is None:
+    newest = of_main(lambda: find_resumable(run.config.directory / "checkpoints"))
+    if newest is None:
         return 0
+    path, step = newest.path, newest.step
+    state = resumable_state(run.named, run.ema, run.engine, run.grid, newest.tensors)
+    try:
+        checkpoint.load(path, state, verify=True)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; another run.name or run.dir starts a new run") from error
+    for section, keys in changed(newest.config, run.config.to_dict()).items():
+        logger.warning("going on with another %s than the checkpoint's: %s", section, ", ".join(keys))
+    run.engine.restored(step)
+    logger.info("going on from %s", path)
+    return step
+
+
+class Resumable(NamedTuple):
+    """A checkpoint to go on from. `tensors`: their names."""
+
+    path: Path
+    step: int
+    config: dict[str, Any]
+    tensors: frozenset[str]
+
+
+def find_resumable(folder: Path) -> Resumable | None:
+    """The newest complete checkpoint, if there is one. Raises ValueError for one that has weights alone."""
+    path = checkpoint.latest(folder)
+    if path is None:
+        return None
     manifest = checkpoint.read_manifest(path)
     if not any(name.startswith("exp_avg.") for name in manifest["tensors"]):
         raise ValueError(
             f"{path} holds weights alone, no state of the optimizer to go on with; start from it in another run.dir, "
             f"with run.init_from={path}"
         )
-    state = resumable_state(run.named, run.ema, run.engine, run.grid, manifest["tensors"])
-    try:
-        checkpoint.load(path, state, verify=True)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; another run.name or run.dir starts a new run") from error
-    for section, keys in changed(manifest["metadata"]["config"], run.config.to_dict()).items():
-        logger.warning("going on with another %s than the checkpoint's: %s", section, ", ".join(keys))
-    run.engine.restored(manifest["step"])
-    logger.info("going on from %s", path)
-    return manifest["step"]
+    return Resumable(path, manifest["step"], manifest["metadata"]["config"], frozenset(manifest["tensors"]))
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[str]]:

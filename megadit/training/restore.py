@@ -15,6 +15,7 @@ from megadit.encoders.condition import Captions, Condition, Labels
 from megadit.encoders.tokenizer import Tokenizer
 from megadit.parallel.grid import Grid, ParallelConfig
 from megadit.parallel.pipeline.schedule import Pipeline
+from megadit.runtime.agreement import of_main
 from megadit.runtime.launch import Process
 from megadit.sampling.generate import SampleConfig, generate
 from megadit.training.build import TOKENIZER_FILE, build_pipeline, build_stages, named_parameters
@@ -67,7 +68,7 @@ def open_sampler(directory: Path, process: Process, parallel: ParallelConfig | N
     """
     config = as_drawn(load_config(directory / CONFIG_FILE), process.world_size, parallel or ParallelConfig())
     check_inputs(config)
-    path = checkpoint.latest(directory / "checkpoints")
+    path = of_main(lambda: checkpoint.latest(directory / "checkpoints"))
     if path is None:
         raise ValueError(f"{directory / 'checkpoints'}: no complete checkpoint; train the run first")
     grid = Grid(check(config, process.world_size), process.rank)
@@ -84,12 +85,12 @@ def load_averages(path: Path, named: Sequence[tuple[str, nn.Parameter]], grid: G
 
     Rounded to the parameters' precision, if the checkpoint has a finer one. Raises ValueError as `checkpoint.load`.
     """
-    saved = checkpoint.read_manifest(path)["tensors"]
+    saved = of_main(lambda: {name: entry["dtype"] for name, entry in checkpoint.read_manifest(path)["tensors"].items()})
     kind = "ema" if any(name.startswith("ema.") for name in saved) else "weight"
     flats, state = [], {}
     for name, parameter in named:
         key = f"{kind}.{name}"
-        dtype = checkpoint.DTYPES[saved[key]["dtype"]] if key in saved else parameter.dtype
+        dtype = checkpoint.DTYPES[saved[key]] if key in saved else parameter.dtype
         # The parameter's own memory, unless it must be rounded.
         flats.append(parameter.data.view(-1).to(dtype))
         state[key] = logical_tensor(parameter, grid, flat=flats[-1])

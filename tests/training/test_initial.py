@@ -1,11 +1,16 @@
 """`run.init_from`: a new run from the weights alone of another, every tensor accounted for."""
 
+import os
+import shutil
+
 import pytest
 import torch
 
 from megadit.checkpoint import latest, load_tensors
+from megadit.training.initial import load_initial
 from megadit.training.metrics import METRICS_FILE, read_metrics
-from tests.ranks import train_on
+from tests.ranks import run_ranks, train_on
+from tests.training.assembled import assembled
 
 CONFIG = ["--config", "tests/configs/tiny.yaml"]
 KINDS = ("weight.", "master.", "ema.")
@@ -46,7 +51,7 @@ def test_every_kind_of_state_starts_as_the_weights(trained, tmp_path, world_size
     still = ["optim.lr=0", f"run.init_from={trained}"]
     status, errors = start(world_size, tmp_path / "run", *layout, *still)
     assert status == [0] * world_size, errors
-    assert f"starting from the weights of {trained}" in errors
+    assert f"starting from the weights of {latest(trained / 'checkpoints')}" in errors
     weights = state(trained, "weight.")
     started = {kind: state(tmp_path / "run", kind) for kind in KINDS}
     assert started["weight."].keys() == started["ema."].keys() == weights.keys()
@@ -88,9 +93,12 @@ def test_a_run_that_has_begun_goes_on_from_its_own_checkpoint(trained, tmp_path)
 
 
 def test_another_model_of_the_same_shapes_is_announced(trained, tmp_path):
-    status, errors = start(1, tmp_path / "run", f"run.init_from={trained}", "model.capacity_factor=1")
+    changes = ["model.capacity_factor=1", "text.heads=4"]
+    status, errors = start(1, tmp_path / "run", f"run.init_from={trained}", *changes)
     assert status == [0]
     assert "model.capacity_factor=2.0 is now 1.0" in errors
+    assert "text.heads=2 is now 4" in errors
+    assert errors.count("starting with another network") == 2
 
 
 @pytest.mark.parametrize(
@@ -124,6 +132,36 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, which):
     status, errors = start(1, tmp_path / "run", f"run.init_from={tmp_path / which}")
     assert status == [2]
     assert str(tmp_path / which) in errors
+
+
+def test_a_damaged_source_is_refused(trained, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    (file,) = latest(copy / "checkpoints").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    status, errors = start(2, tmp_path / "run", f"run.init_from={copy}")
+    assert status == [2, 2]
+    assert f"{file} is damaged" in errors
+
+
+def test_all_ranks_take_what_the_first_one_finds(trained):
+    """A run that goes on may have a newer checkpoint when the next rank looks; here the path means another folder."""
+    assert run_ranks(load_with_another_home, 2, trained, limit=60) == [True, True]
+
+
+def load_with_another_home(rank, world_size, trained):
+    tokenizer = f"text.tokenizer={trained / 'tokenizer.model'}"
+    run = assembled(rank, world_size, "run.dtype=float32", "zero.stage=1", "run.init_from=~/trained", tokenizer)
+    home = os.environ.get("HOME", "")
+    os.environ["HOME"] = str(trained.parent) if rank == 0 else "/nowhere"
+    try:
+        load_initial(run)
+    finally:
+        os.environ["HOME"] = home
+    weights = state(trained, "weight.")
+    return all(torch.equal(parameter.detach(), weights[name]) for name, parameter in run.named)
 
 
 def test_a_checkpoint_without_its_tokenizer_asks_for_one(trained, tmp_path):

@@ -64,9 +64,11 @@ def test_norms_biases_and_embeddings_of_the_model_do_not_decay(overrides):
     named = list(model.named_parameters())
     groups = {(g.is_expert, g.weight_decay): {n for n, _ in g.named} for g in group_parameters(named, 0.1, decays)}
     experts = {name for name, _ in named if ".experts." in name}
-    assert len(experts) == 4
+    biases = {name for name in experts if name.endswith("_bias")}  # matrices: a row for each expert
+    assert (len(experts - biases), len(biases)) == (4, 4 if config.model.bias else 0)
     everything = {name for name, _ in named}
-    assert groups == {(False, 0.0): spared, (False, 0.1): everything - spared - experts, (True, 0.1): experts}
+    expected = {(False, 0.0): spared, (False, 0.1): everything - spared - experts, (True, 0.1): experts - biases}
+    assert groups == (expected | {(True, 0.0): biases} if biases else expected)
 
 
 def gradient_of(name, shape, rank, ranks_of):
