@@ -134,6 +134,15 @@ def verify(args: argparse.Namespace) -> int:
     return REFUSED if findings.faults else 0
 
 
+def check_bytes(sources: list[Path], skip: bool) -> None:
+    """Of checkpoints, before they are converted."""
+    from megadit.conversion.verify import check_sources
+
+    if not skip:
+        with Bar("check") as bar:
+            check_sources(sources, bar)
+
+
 def export(args: argparse.Namespace) -> int:
     import torch
 
@@ -149,6 +158,7 @@ def export(args: argparse.Namespace) -> int:
         args.max_shard_size,
         args.overwrite,
     )
+    check_bytes([args.source], args.no_verify)
     with Bar("export") as bar:
         done = export_weights(args.source, args.out, wanted, bar)
     print(done)
@@ -159,7 +169,7 @@ def import_(args: argparse.Namespace) -> int:
     from megadit.conversion.run_folder import import_weights
 
     with Bar("import") as bar:
-        done = import_weights(args.source, args.run, bar)
+        done = import_weights(args.source, args.run, bar, args.drop)
     print(done)
     return 0
 
@@ -167,6 +177,7 @@ def import_(args: argparse.Namespace) -> int:
 def upcycle(args: argparse.Namespace) -> int:
     from megadit.conversion.upcycle import upcycle
 
+    check_bytes([args.source], args.no_verify)
     with Bar("upcycle") as bar:
         done = upcycle(args.source, args.run, args.overrides, args.noise, args.seed, bar)
     print(done.line)
@@ -183,6 +194,7 @@ def average(args: argparse.Namespace) -> int:
     *sources, destination = args.folders
     if len(sources) < 2:
         raise ValueError("average needs at least two sources and a folder to make")
+    check_bytes(sources, args.no_verify)
     with Bar("average") as bar:
         done = average_weights(sources, destination, args.weights, args.ratios, bar)
     print(done)
@@ -228,11 +240,15 @@ def parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="of a file, unless one tensor is larger (default: %(default)s)",
     )
-    added.add_argument("--overwrite", action="store_true", help="an older export at OUT goes")
+    added.add_argument("--overwrite", action="store_true", help="an older export of ours at OUT goes")
 
     added = command("import", import_, IMPORT)
     added.add_argument("source", type=Path, metavar="SOURCE")
     added.add_argument("run", type=Path, metavar="RUN_FOLDER", help="a folder that is not there yet")
+
+    added.add_argument(
+        "--drop", action="append", default=[], metavar="NAME", help="leave a tensor of theirs behind; may be repeated"
+    )
 
     added = command("upcycle", upcycle, UPCYCLE)
     added.add_argument("source", type=Path, metavar="SOURCE")
@@ -248,6 +264,10 @@ def parser() -> argparse.ArgumentParser:
         "folders", type=Path, nargs="+", metavar="SOURCE", help="two or more, then the RUN_FOLDER to make"
     )
     added.add_argument("--weights", choices=("model", "master", "ema"), help="default: ema, if the first has one")
+    for known in ("export", "upcycle", "average"):
+        commands.choices[known].add_argument(
+            "--no-verify", action="store_true", help="do not compare a checkpoint's sha256 first, which reads all of it"
+        )
     added.add_argument("--ratios", type=float, nargs="+", metavar="R", help="shares of the sources; default: equal")
     return whole
 
@@ -264,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        print(f"convert_checkpoint: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"convert_checkpoint: {error.filename or 'the disk'}: {error.strerror}", file=sys.stderr)
     except KeyboardInterrupt:
         print("convert_checkpoint: interrupted; nothing was written", file=sys.stderr)
         return INTERRUPTED

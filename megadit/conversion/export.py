@@ -12,7 +12,7 @@ import torch
 
 import megadit
 from megadit.checkpoint.folder import write_synced
-from megadit.checkpoint.source import CONFIG_FILE
+from megadit.checkpoint.source import CONFIG_FILE, read_json
 from megadit.checkpoint.stream import Outgoing, Progress, appearing, write_folder
 from megadit.conversion.mapping import fitting_architecture, theirs_outgoing
 from megadit.conversion.run_folder import all_outgoing
@@ -163,10 +163,21 @@ def check_degrees(weights: Weights, tensor: int, expert: int) -> None:
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder holds nothing but what an export writes."""
-    return all(
-        entry.name in (CONFIG_FILE, TOKENIZER_FILE)
-        or entry.name.endswith((".safetensors", ".safetensors.index.json"))
-        or (entry.name.startswith("tensor_") and entry.is_dir() and is_export(entry))
-        for entry in folder.iterdir()
+    """Whether a folder holds nothing but what an export of ours writes, and says that it is one.
+
+    One that was written for diffusers looks like any other model of theirs: it stays.
+    """
+    entries = list(folder.iterdir())
+    if all(entry.name.startswith("tensor_") and entry.is_dir() for entry in entries):
+        return all(is_export(entry) for entry in entries)
+    return is_ours(folder / CONFIG_FILE) and all(
+        entry.name in (CONFIG_FILE, TOKENIZER_FILE) or entry.name.endswith((".safetensors", ".safetensors.index.json"))
+        for entry in entries
     )
+
+
+def is_ours(config: Path) -> bool:
+    try:
+        return read_json(config).get("format") == FORMAT
+    except ValueError:
+        return False

@@ -46,12 +46,14 @@ class MappedSource:
         self._kept: tuple[Rule, dict[str, Tensor]] | None = None
 
     @staticmethod
-    def of(source: FolderSource) -> MappedSource:
-        """Raises ValueError for a class that is not known, settings that ours cannot have, and, listing them all, for
-        tensors that have no place and places that no tensor fills.
+    def of(source: FolderSource, drop: Sequence[str] = ()) -> MappedSource:
+        """`drop`: names of tensors to leave behind.
+
+        Raises ValueError for a class that is not known, settings that ours cannot have, and, listing them all, for
+        tensors that have no place, places that no tensor fills, and names to drop that are not there.
         """
         known = source.config.get(CLASS_KEY)
-        if known not in ARCHITECTURES:
+        if not isinstance(known, str) or known not in ARCHITECTURES:
             what = f"is a {known}" if known else f"says neither format=megadit nor {CLASS_KEY}"
             raise ValueError(f"{source.path / 'config.json'} {what}; known classes: {', '.join(ARCHITECTURES)}")
         architecture = ARCHITECTURES[known]
@@ -62,8 +64,9 @@ class MappedSource:
         config = parse(sections, str(source.path))
         shapes, rules = accounted(architecture, config.model, config.text)
         theirs = their_shapes(rules, shapes)
-        found = {name: spec.shape for name, spec in source.tensors.items()}
-        faults = [f"{name}: missing, of shape {theirs[name]}" for name in sorted(theirs.keys() - found.keys())]
+        found = {name: spec.shape for name, spec in source.tensors.items() if name not in drop}
+        faults = [f"{name}: to be dropped, but not there" for name in drop if name not in source.tensors]
+        faults += [f"{name}: missing, of shape {theirs[name]}" for name in sorted(theirs.keys() - found.keys())]
         faults += [f"{name}: has no place in a {known}" for name in sorted(found.keys() - theirs.keys())]
         faults += [
             f"{name}: shape {found[name]}, not {theirs[name]}"
@@ -71,7 +74,10 @@ class MappedSource:
             if found[name] != theirs[name]
         ]
         if faults:
-            raise ValueError("\n  ".join([f"{source.path} is not the {known} of its config.json:", *faults]))
+            what = (
+                f"{source.path} is not the {known} of its config.json (--drop NAME leaves a tensor of theirs behind):"
+            )
+            raise ValueError("\n  ".join([what, *faults]))
         return MappedSource(source, rules, shapes, sections)
 
     def read(self, name: str, offsets: Sequence[int] | None = None, sizes: Sequence[int] | None = None) -> Tensor:

@@ -13,22 +13,31 @@ from megadit.checkpoint.folder import write_synced
 from megadit.checkpoint.stream import Outgoing, appearing, write_checkpoint
 from megadit.conversion.weights import Bar, Weights, dtype_name, open_weights
 from megadit.training.build import TOKENIZER_FILE
-from megadit.training.config import CONFIG_FILE, DTYPES, RunConfig
+from megadit.training.config import CONFIG_FILE, DTYPES, RunConfig, check_inputs
 
 
-def import_weights(path: Path, destination: Path, bar: Bar) -> str:
+def import_weights(path: Path, destination: Path, bar: Bar, drop: Sequence[str] = ()) -> str:
     """Make a run's folder of an export of ours or a folder of diffusers. Returns what was done, in a line.
+
+    `drop`: tensors of theirs to leave behind.
 
     Raises ValueError before anything is written; see `open_weights`.
     """
-    weights = open_weights(path)
+    weights = open_weights(path, drop=drop)
     dtype = run_dtype({weights.spec(name).dtype for name in weights.tensors})
     config = weights_only(RunConfig(model=weights.config.model, text=weights.config.text), destination, dtype)
     if weights.tokenizer is not None:
         config = replace(config, text=replace(config.text, tokenizer=""))  # it lies in the folder, under a known name
     tensors = [outgoing._replace(name=f"weight.{outgoing.name}") for outgoing in all_outgoing(weights, dtype)]
     write_run_folder(destination, config, 0, tensors, weights.tokenizer, bar)
-    return f"{destination}: {len(tensors)} tensors in {dtype_name(dtype)}; start a run with run.init_from={destination}"
+    done = f"{destination}: {len(tensors)} tensors in {dtype_name(dtype)}"
+    if drop:
+        done += f", without {', '.join(drop)}"
+    try:
+        check_inputs(config)
+    except ValueError as error:
+        return f"{done}; to convert, not to train or draw with: {error}"
+    return f"{done}; start a run with run.init_from={destination}"
 
 
 def all_outgoing(weights: Weights, dtype: torch.dtype | None) -> list[Outgoing]:
@@ -47,7 +56,7 @@ def run_dtype(found: set[torch.dtype]) -> torch.dtype:
 def weights_only(config: RunConfig, destination: Path, dtype: torch.dtype) -> RunConfig:
     """The configuration of a run's folder at `destination` with weights of that precision."""
     name = next(name for name, known in DTYPES.items() if known == dtype)
-    run = replace(config.run, name=destination.name, dir=str(destination), dtype=name)  # type: ignore[arg-type]
+    run = replace(config.run, name=destination.name, dir=str(destination.absolute()), dtype=name)  # type: ignore[arg-type]
     stage = config.zero.stage
     if dtype == torch.float64:
         stage = 0  # it has no masters

@@ -35,6 +35,7 @@ from megadit.model.config import ROUTING_PRESETS, ECDiTConfig
 from megadit.model.weights import init_of
 from megadit.parallel.grid import ParallelConfig
 from megadit.runtime.seed import stream
+from megadit.training.build import tokenizer_beside
 from megadit.training.config import RunConfig, check, check_known, differing, parse
 from megadit.training.restore import as_drawn
 
@@ -69,7 +70,7 @@ def upcycle(
     if not 0 <= noise < float("inf"):
         raise ValueError(f"--noise {noise} must be 0 or more")
     config = with_experts(dense.config, overrides)
-    run = dataclasses.replace(config.run, dir=str(destination), name=destination.name)
+    run = dataclasses.replace(config.run, dir=str(destination.absolute()), name=destination.name)
     config = dataclasses.replace(config, run=run)
     dtypes = dtypes_of(dense.source)
     if isinstance(dense.source, FolderSource):
@@ -91,7 +92,7 @@ def open_dense(path: Path) -> Weights:
     """The weights at `path`. Raises ValueError unless they are a dense network of ours, and its state is complete."""
     source = open_source(path)
     if isinstance(source, CheckpointSource):
-        dense = checkpoint_weights(source, "model")
+        dense = checkpoint_weights(source, "model", tokenizer_beside(path))
         check_kinds(source)
     else:
         if "format" not in source.config:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megadit.checkpoint import folder as disk
 from megadit.checkpoint.source import (
     CONFIG_FILE,
     MANIFEST_FILE,
+    CheckpointSource,
     Manifest,
     box_fault,
     find_checkpoint,
     is_folder_source,
+    open_source,
     read_checked_manifest,
     read_folder_headers,
     read_json,
@@ -29,6 +33,19 @@ class Findings:
     path: Path
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+
+def check_sources(paths: Sequence[Path], bar: Bar) -> None:
+    """Read every byte of the checkpoints among `paths`, so that no damage is copied under a new sha256.
+
+    Raises ValueError naming a damaged file.
+    """
+    found = [source for source in map(open_source, paths) if isinstance(source, CheckpointSource)]
+    progress = bar(sum(file.size for source in found for file in source.manifest.files))
+    for source in found:
+        for file in source.manifest.files:
+            disk.check_file(source.path / file.name, file.size, file.sha256)
+            progress(file.size)
 
 
 def verify(path: Path, bar: Bar) -> Findings:

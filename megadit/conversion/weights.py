@@ -20,7 +20,7 @@ from megadit.conversion.mapping import MappedSource
 from megadit.model.ecdit import whole_model
 from megadit.parallel.grid import ParallelConfig
 from megadit.parallel.placement import Placement, placement_of
-from megadit.training.build import TOKENIZER_FILE
+from megadit.training.build import tokenizer_beside
 from megadit.training.config import RunConfig, check, parse
 from megadit.training.restore import as_drawn
 
@@ -93,22 +93,22 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def open_weights(path: Path, kind: str | None = None) -> Weights:
+def open_weights(path: Path, kind: str | None = None, drop: Sequence[str] = ()) -> Weights:
     """The weights at `path`. `kind`: a key of `KINDS`; by default a checkpoint's averages, if it has them.
 
-    Raises ValueError naming the file for what is no source, and listing every tensor that does not fit the network of
-    its configuration.
+    `drop`: tensors of a folder of diffusers to leave behind. Raises ValueError naming the file for what is no source,
+    and listing every tensor that does not fit the network of its configuration.
     """
     source = open_source(path)
     if isinstance(source, CheckpointSource):
-        return checkpoint_weights(source, kind)
+        return checkpoint_weights(source, kind, tokenizer_beside(path))
     if kind is not None and kind != source.config.get("weights", "model"):
         has = source.config.get("weights", "model")
         raise ValueError(f"{path} holds the weights {has!r} alone; leave out --weights, or name the run")
-    return exported_weights(source) if source.config.get("format") == FORMAT else diffusers_weights(source)
+    return exported_weights(source) if source.config.get("format") == FORMAT else diffusers_weights(source, drop)
 
 
-def checkpoint_weights(source: CheckpointSource, kind: str | None) -> Weights:
+def checkpoint_weights(source: CheckpointSource, kind: str | None, tokenizer: Path | None) -> Weights:
     """Of a checkpoint of ours. Raises ValueError."""
     present = [known for known, prefix in KINDS.items() if source.parameters(prefix)]
     kind = kind or ("ema" if "ema" in present else "model")
@@ -116,7 +116,6 @@ def checkpoint_weights(source: CheckpointSource, kind: str | None) -> Weights:
         raise ValueError(f"{source.path} holds no weights {kind!r}; it holds {', '.join(present) or 'none'}")
     config = run_config(source.config, source.path)
     tensors = {name: f"{KINDS[kind]}.{name}" for name in source.parameters(KINDS[kind])}
-    tokenizer = tokenizer_in(source.path.absolute().parent.parent)
     return _fitting(Weights(source, kind, config, source.step, tensors, tokenizer))
 
 
@@ -131,12 +130,13 @@ def exported_weights(source: FolderSource) -> Weights:
     config = run_config({section: source.config.get(section) for section in ("model", "text")}, source.path)
     tensors = {name: name for name in source.tensors}
     step, kind = source.config.get("step"), str(source.config.get("weights", "model"))
-    return _fitting(Weights(source, kind, config, step if type(step) is int else 0, tensors, tokenizer_in(source.path)))
+    tokenizer = tokenizer_beside(source.path)
+    return _fitting(Weights(source, kind, config, step if type(step) is int else 0, tensors, tokenizer))
 
 
-def diffusers_weights(source: FolderSource) -> Weights:
+def diffusers_weights(source: FolderSource, drop: Sequence[str]) -> Weights:
     """Of a folder of diffusers, under our names. Raises ValueError."""
-    mapped = MappedSource.of(source)
+    mapped = MappedSource.of(source, drop)
     config = run_config(mapped.sections, source.path)
     tensors = {name: name for name in mapped.tensors}
     return _fitting(Weights(mapped, "model", config, 0, tensors, None))
@@ -153,11 +153,6 @@ def run_config(raw: Mapping[str, Any], path: Path) -> RunConfig:
     except ValueError as error:
         raise ValueError(f"{path}: its configuration is not one of this version: {error}") from error
     return config
-
-
-def tokenizer_in(folder: Path) -> Path | None:
-    path = folder / TOKENIZER_FILE
-    return path if path.is_file() else None
 
 
 class Parameter(NamedTuple):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megadit import checkpoint
+from megadit.checkpoint.source import locate
 from megadit.data.loader import Dataset, Loader, open_dataset
 from megadit.diffusion.objective import velocity_loss
 from megadit.encoders.condition import Captions, Condition, Labels
@@ -113,7 +114,15 @@ def read_tokenizer(config: RunConfig, corpus: Sequence[str]) -> Tokenizer:
     elif kept.exists() and checkpoint.latest(config.directory / "checkpoints"):
         tokenizer = Tokenizer.load(kept)
     elif config.run.init_from:
-        tokenizer = Tokenizer.load(tokenizer_beside(Path(config.run.init_from).expanduser()))
+        weights = Path(config.run.init_from).expanduser()
+        locate(weights)  # a path that leads nowhere is another fault than a missing tokenizer
+        beside = tokenizer_beside(weights)
+        if beside is None:
+            raise ValueError(
+                f"run.init_from={weights} comes without {TOKENIZER_FILE}; set text.tokenizer to the one that it was "
+                "trained with"
+            )
+        tokenizer = Tokenizer.load(beside)
     else:
         tokenizer = Tokenizer.train(corpus, config.text.vocabulary)
     if len(tokenizer) > config.text.vocabulary:
@@ -127,18 +136,13 @@ def read_tokenizer(config: RunConfig, corpus: Sequence[str]) -> Tokenizer:
     return tokenizer
 
 
-def tokenizer_beside(weights: Path) -> Path:
-    """The tokenizer of a run's folder, of an export, or of the run that a checkpoint, or its folder of them, is in.
-
-    Raises ValueError where there is none.
-    """
-    weights = weights.resolve()
-    for folder in (weights, weights.parent, weights.parent.parent):
-        if (folder / TOKENIZER_FILE).is_file():
-            return folder / TOKENIZER_FILE
-    raise ValueError(
-        f"{weights} comes without {TOKENIZER_FILE}; set text.tokenizer to the one that it was trained with"
-    )
+def tokenizer_beside(weights: Path) -> Path | None:
+    """The tokenizer of a run's folder, of an export, or of the run that a checkpoint, or its folder of them, is in."""
+    for path in (weights.absolute(), weights.resolve()):  # a link's own place, and where it leads
+        for folder in (path, path.parent, path.parent.parent):
+            if (folder / TOKENIZER_FILE).is_file():
+                return folder / TOKENIZER_FILE
+    return None
 
 
 def region_of(config: RunConfig, grid: Grid) -> Region:

@@ -48,6 +48,16 @@ def names_of_weights(source: CheckpointSource | FolderSource, weights: str) -> d
     The weights that were trained are the float32 masters, where a checkpoint has them.
     """
     if isinstance(source, FolderSource):
+        if source.config.get("format") != "megadit":
+            raise ValueError(
+                f"run.init_from={source.path} is no export of ours; make a run's folder of it first, with "
+                "tools/convert_checkpoint.py import"
+            )
+        if weights == "ema" and source.config.get("weights") != "ema":
+            raise ValueError(
+                f"run.init_from={source.path} holds the weights {source.config.get('weights')!r}, no averages; use "
+                "run.init_weights=model"
+            )
         return {name: (name, spec) for name, spec in source.tensors.items()}
     kinds = ("ema",) if weights == "ema" else ("master", "weight")
     kind = next((kind for kind in kinds if source.parameters(kind)), None)

@@ -94,7 +94,7 @@ def load_averages(path: Path, named: Sequence[tuple[str, nn.Parameter]], grid: G
         # The parameter's own memory, unless it must be rounded.
         flats.append(parameter.data.view(-1).to(dtype))
         state[key] = logical_tensor(parameter, grid, flat=flats[-1])
-    checkpoint.load(path, state)
+    checkpoint.load(path, state, verify=True)
     for flat, (_, parameter) in zip(flats, named, strict=True):
         if flat.dtype != parameter.dtype:
             parameter.copy_(flat.view_as(parameter))

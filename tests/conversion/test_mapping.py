@@ -92,6 +92,17 @@ def test_every_tensor_that_is_missing_left_over_or_of_another_shape_is_in_one_er
     assert not list(tmp_path.glob("run*"))
 
 
+def test_a_tensor_is_left_behind_only_by_name(theirs, tmp_path):
+    tensors = load_file(theirs / FILE)
+    save_file(tensors | {"y_embedding": torch.zeros(2)}, theirs / FILE)
+    done = import_weights(theirs, tmp_path / "run", silent, drop=["y_embedding"])
+    assert "without y_embedding" in done
+    export_weights(tmp_path / "run", tmp_path / "back", DIFFUSERS, silent)
+    assert_same(load_file(tmp_path / "back" / FILE), tensors)
+    with pytest.raises(ValueError, match="z_embedding: to be dropped, but not there"):
+        import_weights(theirs, tmp_path / "other", silent, drop=["y_embedding", "z_embedding"])
+
+
 def test_settings_that_do_not_map_are_refused_with_the_file(theirs, tmp_path):
     config = json.loads((theirs / "config.json").read_text())
     (theirs / "config.json").write_text(json.dumps(config | {"dropout": 0.5}))

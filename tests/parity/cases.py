@@ -30,12 +30,15 @@ MODELS = {
     ),
     "shared": ("model.gate=sigmoid", "model.shared_experts=2", "model.feedforward=swiglu", "model.moe_every=3"),
     "classes": ("model.conditioning=class", "model.classes=10"),
-    "adaln_single": ("model.modulation=shared", "model.bias=true", "model.router_input=timestep"),
-    "per_layer_embedders": ("model.embedders=per_layer", "model.conditioning=class", "model.classes=10"),
     "dense": ("model.routing=dense",),
 }
-# The first stages have no experts, and the stages are not equally long.
-UNEVEN = ("model.layers=7", "model.dense_first=4")
+# Networks that chosen layouts run, not all of eight ranks. uneven: the first stages have no experts, and the stages are
+# not equally long. The others are the shapes of neighbours.
+SHAPES = {
+    "uneven": ("model.layers=7", "model.dense_first=4"),
+    "adaln_single": ("model.modulation=shared", "model.bias=true", "model.router_input=timestep"),
+    "per_layer_embedders": ("model.embedders=per_layer", "model.conditioning=class", "model.classes=10"),
+}
 # Layers for two stages on each of eight ranks, with as many routers as eight layers have.
 LONG = ("model.layers=16", "model.moe_every=4")
 # Seeds with which no router nearly ties (see `oracle`). A wrong one costs a search.
@@ -94,7 +97,7 @@ class Case:
     def model_overrides(self) -> tuple[str, ...]:
         """What makes the model another one: the one process that it is compared with has it too."""
         num_stages = self.layout.pp * (1 if self.schedule == "1f1b" else 2)
-        return (*(MODELS | {"uneven": UNEVEN})[self.model], *(LONG if num_stages > 8 else ()))
+        return (*(MODELS | SHAPES)[self.model], *(LONG if num_stages > 8 else ()))
 
     @property
     def micro_batch(self) -> int:

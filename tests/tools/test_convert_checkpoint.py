@@ -164,7 +164,7 @@ def spoilt(tmp_path, how):
         content = bytearray(file.read_bytes())
         content[8:20] = b"garbage here"
         file.write_bytes(content)
-        return run, f"{file} is damaged: its safetensors header is not JSON"
+        return run, f"{file} is damaged: "
     manifest = file.parent / "manifest.json"
     content = json.loads(manifest.read_text())
     name = "weight.head.linear.bias"
@@ -253,6 +253,29 @@ def test_a_destination_in_use_or_out_of_reach_is_refused(command, convert, dense
         assert message in errors
         assert "None" not in errors
         assert sorted(files_in(tmp_path)) == ["file", "full/mine"]
+
+
+def test_damage_is_not_copied_under_a_new_sha256(convert, tmp_path):
+    make_run(tmp_path / "run", "model.experts=0", kinds=("weight",))
+    (file,) = latest(tmp_path / "run" / "checkpoints").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    for name in ("export", "upcycle", "average"):
+        status, _, errors = convert(*COMMANDS[name](tmp_path / "run", tmp_path / "out"))
+        assert (status, f"{file} is damaged" in errors) == (2, True)
+        assert not list(tmp_path.glob("out*"))
+    assert convert("export", tmp_path / "run", tmp_path / "out", "--no-verify")[0] == 0
+
+
+def test_overwrite_replaces_exports_of_ours_alone(convert, run, tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "config.json").write_text('{"_class_name": "PixArtTransformer2DModel"}')
+    (theirs / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
+    status, _, errors = convert("export", run, theirs, "--overwrite")
+    assert (status, "theirs is there already" in errors) == (2, True)
+    assert (theirs / "diffusion_pytorch_model.safetensors").read_bytes() == b"weights"
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,18 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, which):
     assert str(tmp_path / which) in errors
 
 
+def test_a_path_that_leads_nowhere_is_not_taken_for_a_missing_tokenizer(tmp_path):
+    status, errors = start(1, tmp_path / "run", f"run.init_from={tmp_path / 'typo'}")
+    assert status == [2]
+    assert f"{tmp_path / 'typo'} does not exist" in errors
+
+
+def test_a_link_to_a_checkpoint_still_finds_its_tokenizer(trained, tmp_path):
+    (tmp_path / "link").symlink_to(latest(trained / "checkpoints"))
+    status, errors = start(1, tmp_path / "run", f"run.init_from={tmp_path / 'link'}")
+    assert status == [0], errors
+
+
 def test_a_damaged_source_is_refused(trained, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
