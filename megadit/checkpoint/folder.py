@@ -17,13 +17,20 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 FORMAT = 1
-_MANIFEST = "manifest.json"
+MANIFEST_FILE = "manifest.json"
 _LATEST = "latest"
 _STEP = re.compile(r"step_(\d{8,})(?:\.replaced)?")
+
+Progress = Callable[[int], object]  # is told of so many more bytes
+
+
+def ignore(num_bytes: int) -> None:
+    """The progress that nobody looks at."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +58,11 @@ def read_manifest(path: Path) -> dict:
     Raises ValueError where there is none, or one of another format.
     """
     try:
-        manifest = json.loads((Path(path) / _MANIFEST).read_text())
+        manifest = json.loads((Path(path) / MANIFEST_FILE).read_text())
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not a complete checkpoint: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{path}/{_MANIFEST} is not of format {FORMAT}, the one that this version reads")
+        raise ValueError(f"{path}/{MANIFEST_FILE} is not of format {FORMAT}, the one that this version reads")
     return manifest
 
 
@@ -72,19 +79,25 @@ def latest(folder: Path) -> Path | None:
     return complete[max(complete)] if complete else None
 
 
-def check_file(path: Path, size: int, sha256: str | None) -> None:
+def check_file(path: Path, size: int, sha256: str | None, progress: Progress = ignore) -> None:
     """Raises ValueError, naming the file, if it is missing, of another size or, unless None, of another sha256."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     if path.stat().st_size != size:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, not the {size} that were saved")
     if sha256 is not None:
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-        if digest.hexdigest() != sha256:
-            raise ValueError(f"{path} is damaged: its sha256 is not the one that was saved")
+        check_sha256(path, sha256, progress)
+
+
+def check_sha256(path: Path, sha256: str, progress: Progress = ignore) -> None:
+    """Read all of a file. Raises ValueError naming it if its bytes are not those that were saved."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+            progress(len(block))
+    if digest.hexdigest() != sha256:
+        raise ValueError(f"{path} is damaged: its sha256 is not the one that was saved")
 
 
 def begin(folder: Path, step: int) -> None:
@@ -113,7 +126,7 @@ def commit(folder: Path, step: int, manifest: dict, keep: int, keep_every: int =
     """
     partial, final = partial_path(folder, step), step_path(folder, step)
     replaced = final.with_suffix(".replaced")
-    write_synced(partial / _MANIFEST, json.dumps(manifest).encode())
+    write_synced(partial / MANIFEST_FILE, json.dumps(manifest).encode())
     sync_folder(partial)
     # All that needs room on the disk comes before the first rename: a full disk leaves the old state.
     write_synced(folder / f"{_LATEST}.new", f"{final.name}\n".encode())
@@ -138,7 +151,7 @@ def _complete(folder: Path) -> dict[int, Path]:
     found: dict[int, Path] = {}
     for path in sorted(folder.glob("step_*"), reverse=True):  # "step_1.replaced" before "step_1", which wins
         name = _STEP.fullmatch(path.name)
-        if name and (path / _MANIFEST).is_file():
+        if name and (path / MANIFEST_FILE).is_file():
             found[int(name[1])] = path
     return found
 

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from megadit.checkpoint import folder as disk
+from megadit.checkpoint.folder import MANIFEST_FILE, Progress
 from megadit.checkpoint.tensor_file import DTYPES, Entry, Spec, are_sizes, read_box, read_header
 
 __all__ = ["CheckpointSource", "FolderSource", "Source", "Spec", "find_checkpoint", "open_source"]
 
-MANIFEST_FILE, CONFIG_FILE = "manifest.json", "config.json"
+CONFIG_FILE = "config.json"
 STEMS = ("model", "diffusion_pytorch_model")  # of the weights' files: ours and transformers', diffusers'
 
 
@@ -111,10 +112,10 @@ class CheckpointSource:
             disk.check_file(path / file.name, file.size, None)
         self._headers: dict[str, dict[str, Entry]] = {}
 
-    def verify_share(self, rank: int, size: int) -> None:
+    def check_bytes(self, rank: int = 0, size: int = 1, progress: Progress = disk.ignore) -> None:
         """Check the sha256 of one in `size` files. Raises ValueError naming one that is damaged."""
         for file in self.manifest.files[rank::size]:
-            disk.check_file(self.path / file.name, file.size, file.sha256)
+            disk.check_file(self.path / file.name, file.size, file.sha256, progress)
 
     def parameters(self, kind: str) -> dict[str, Spec]:
         """The tensors of a kind ("weight", "master", "ema", "exp_avg", "exp_avg_sq") under their parameters' names."""
@@ -226,7 +227,7 @@ class FolderSource:
         headers = read_folder_headers(path)
         if headers.faults:
             raise ValueError("; ".join(headers.faults))
-        self.stem, self.files, self.file_of = headers.stem, headers.files, headers.file_of
+        self.files, self.file_of = headers.files, headers.file_of
         self.tensors = {name: self.files[file][name].spec for name, file in self.file_of.items()}
 
     def read(self, name: str, offsets: Sequence[int] | None = None, sizes: Sequence[int] | None = None) -> Tensor:

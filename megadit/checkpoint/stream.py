@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from megadit.checkpoint import folder as disk
+from megadit.checkpoint.folder import Progress
 from megadit.checkpoint.source import CONFIG_FILE
 from megadit.checkpoint.tensor_file import HashedTensorFileWriter, Spec, TensorFileWriter
 
-Progress = Callable[[int], object]  # is told of so many more bytes
 CHECKPOINT_FILE_BYTES = 1 << 32
 _PARTIAL = ".partial"
 

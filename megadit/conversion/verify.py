@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,9 +42,7 @@ def check_sources(paths: Sequence[Path], bar: Bar) -> None:
     found = [source for source in map(open_source, paths) if isinstance(source, CheckpointSource)]
     progress = bar(sum(file.size for source in found for file in source.manifest.files))
     for source in found:
-        for file in source.manifest.files:
-            disk.check_file(source.path / file.name, file.size, file.sha256)
-            progress(file.size)
+        source.check_bytes(progress=progress)
 
 
 def verify(path: Path, bar: Bar) -> Findings:
@@ -102,15 +99,9 @@ def checked_file(path: Path, size: int, sha256: str, progress: Progress) -> dict
     try:
         if path.stat().st_size != size:
             raise ValueError(f"{path} has {path.stat().st_size} bytes, not the {size} that were saved")
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-                progress(len(block))
+        disk.check_sha256(path, sha256, progress)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    if digest.hexdigest() != sha256:
-        raise ValueError(f"{path} is damaged: its sha256 is not the one that was saved")
     return read_header(path)
 
 

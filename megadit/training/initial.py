@@ -30,7 +30,7 @@ def load_initial(run: Run) -> None:
         names = names_of_weights(source, run.config.run.init_weights)
         check_accounted(path, names, run.config)
         if isinstance(source, CheckpointSource):
-            source.verify_share(run.process.rank, run.process.world_size)
+            source.check_bytes(run.process.rank, run.process.world_size)
         for fragment in (*run.engine.masters(), *run.ema.averages):
             fill(logical_fragment(parameters[fragment.name], fragment, run.grid), source, names[fragment.name][0])
     run.engine.restored(0)

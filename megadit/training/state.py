@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Container
 
 from torch import Tensor, nn
 
@@ -11,9 +11,7 @@ from megadit.checkpoint import LogicalTensor, Piece, flat_range_boxes
 from megadit.parallel.grid import Grid
 from megadit.parallel.placement import placement_of
 from megadit.training.ema import Ema
-from megadit.zero import Engine, Fragment
-
-NamedParameters = Sequence[tuple[str, nn.Parameter]]
+from megadit.zero import Engine, Fragment, NamedParameters
 
 
 def logical_state(

@@ -11,7 +11,7 @@ from megadit.parallel.grid import Grid
 from megadit.zero.groups import Engine, Fragment, NamedParameters, OptimConfig, ZeroConfig
 from megadit.zero.reference import ReferenceEngine
 
-__all__ = ["Engine", "Fragment", "OptimConfig", "ZeroConfig", "create_engine"]
+__all__ = ["Engine", "Fragment", "NamedParameters", "OptimConfig", "ZeroConfig", "create_engine"]
 
 
 def create_engine(

@@ -48,6 +48,24 @@ def our_network(theirs, name, **changes):
     return ours
 
 
+def there_and_back(theirs, name):
+    """A network of their class with the weights that have been ours, which are the same bits."""
+    config, text = our_config(theirs.config, name)
+    rules = ARCHITECTURES[name].rules(config, text)
+    state = theirs.state_dict()
+    ours = converted(rules, state)
+    assert {key: value.shape for key, value in ours.items()} == {
+        key: value.shape for key, value in whole_model(config, text).named_parameters()
+    }
+    back = converted(rules, ours, to_ours=False)
+    assert same_bits(back, state)
+    their_config = ARCHITECTURES[name].their_config(config, text)
+    again = type(theirs).from_config(their_config)
+    again.load_state_dict(back, strict=True)
+    assert our_config(their_config, name) == (config, text)
+    return again
+
+
 def bits(tensor):
     return tensor.contiguous().view(torch.uint8)
 

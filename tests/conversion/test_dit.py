@@ -16,6 +16,7 @@ from tests.conversion.networks import (
     our_network,
     same_bits,
     their_network,
+    there_and_back,
     times_of,
 )
 
@@ -113,19 +114,7 @@ def test_output_and_gradients_in_float64(name):
 @pytest.mark.parametrize("name", SIZES)
 def test_weights_go_there_and_back_bit_for_bit(name, dtype):
     theirs = their_network(diffusers.DiTTransformer2DModel, SIZES[name], dtype)
-    config, text = our_config(theirs.config, NAME)
-    rules = ARCHITECTURES[NAME].rules(config, text)
-    state = theirs.state_dict()
-    ours = converted(rules, state)
-    assert {key: value.shape for key, value in ours.items()} == {
-        key: value.shape for key, value in whole_model(config, text).named_parameters()
-    }
-    back = converted(rules, ours, to_ours=False)
-    assert same_bits(back, state)
-    their_config = ARCHITECTURES[NAME].their_config(config, text)
-    again = diffusers.DiTTransformer2DModel.from_config(their_config)
-    again.load_state_dict(back, strict=True)
-    assert our_config(their_config, NAME) == (config, text)
+    again = there_and_back(theirs, NAME)
     inputs = inputs_of(theirs.config, theirs.config.patch_size * 2, dtype)
     assert torch.equal(theirs_of(again.to(dtype).eval(), *inputs), theirs_of(theirs, *inputs))
 
