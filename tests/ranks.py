@@ -30,7 +30,7 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
-TIME_LIMIT = 150  # seconds that a call may take
+TIME_LIMIT = 240  # seconds that a call may take: less than pytest's own limit, which cannot tell where the ranks are
 GRACE = 2  # seconds, after a rank has failed, that the others have to fail too, or to finish
 
 _context = multiprocessing.get_context("forkserver")
@@ -101,9 +101,10 @@ def _serve(rank: int, connection: Any, stack_file: str) -> None:
     """The life of one rank: one answer for each message."""
     import torch
 
-    from megadit.runtime.launch import end_with_parent
+    from megadit.runtime.launch import end_with_parent, run_in_turns
 
     end_with_parent()  # even when it hangs
+    run_in_turns()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, which ends the ranks
     torch.set_num_threads(1)
     with open(stack_file, "w") as stacks:

@@ -159,7 +159,7 @@ def lose_a_peer(rank, world_size, folder):
 
 
 def test_a_peer_that_is_lost_ends_the_wait(tmp_path):
-    nobody, raised = run_ranks(lose_a_peer, WORLD, tmp_path, limit=30)
+    nobody, raised = run_ranks(lose_a_peer, WORLD, tmp_path, limit=120)
     assert nobody is None and raised
     assert latest(tmp_path) is None
 

@@ -13,7 +13,7 @@ from tests.ranks import free_port
 
 CONFIG = "tests/configs/tiny.yaml"
 STEPS = 3
-TIME_LIMIT = 120  # seconds
+TIME_LIMIT = 240  # seconds
 # What a launcher may have left in the environment of the tests themselves.
 LAUNCHERS_KEYS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "ENVIRONMENT", "HOSTFILE", "NPROC", "PORT")
 LAUNCHERS_PREFIXES = ("SLURM_", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_")

@@ -22,7 +22,7 @@ def find(rank, world_size, fault):
 
 @pytest.mark.parametrize(("fault", "expected"), [(False, {"path": 0}), (True, "nothing there")])
 def test_every_rank_has_what_the_first_one_found(fault, expected):
-    assert run_ranks(find, 3, fault, limit=30) == [expected] * 3
+    assert run_ranks(find, 3, fault, limit=120) == [expected] * 3
 
 
 def block(rank, world_size, failing):
@@ -40,7 +40,7 @@ def block(rank, world_size, failing):
     [((), "went on"), ((1,), "rank 1 failed"), ((2, 1), "rank 1 failed"), ((0,), "rank 0 failed")],
 )
 def test_all_ranks_leave_a_block_in_the_same_way(failing, expected):
-    assert run_ranks(block, 3, failing, limit=30) == [expected] * 3
+    assert run_ranks(block, 3, failing, limit=120) == [expected] * 3
 
 
 def crash(rank, world_size):
@@ -51,4 +51,4 @@ def crash(rank, world_size):
 
 def test_what_is_no_fault_of_the_user_is_not_turned_into_one():
     with pytest.raises(KeyError, match="a bug"):
-        run_ranks(crash, 2, limit=30)
+        run_ranks(crash, 2, limit=120)

@@ -1,11 +1,13 @@
 """Where a process stands, from every launcher's environment variables."""
 
 import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch.distributed as dist
 
-from megadit.runtime.launch import LaunchError, discover, first_host, process_group, rendezvous
+from megadit.runtime.launch import LaunchError, discover, first_host, process_group, rendezvous, run_in_turns
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "2"}
@@ -111,3 +113,14 @@ def test_one_process_has_a_group_too_and_leaves_it_after_an_error(environ, monke
         assert (dist.get_rank(), dist.get_world_size()) == (0, 1)
         raise KeyError
     assert not dist.is_initialized()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="schedules as Linux does")
+def test_ranks_take_turns_in_the_threads_that_they_start_too():
+    def policies():
+        run_in_turns()
+        with ThreadPoolExecutor(1) as later:
+            return os.sched_getscheduler(0), later.submit(os.sched_getscheduler, 0).result()
+
+    with ThreadPoolExecutor(1) as thread:  # policies are a thread's, and its children's: this one keeps its own
+        assert thread.submit(policies).result() == (os.SCHED_BATCH, os.SCHED_BATCH)
