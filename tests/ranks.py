@@ -80,6 +80,11 @@ class _Start:
         vars(groups).update(self.deepspeed)
         self.deepspeed = self._copy_deepspeed_globals()
         gc.collect()
+        # Parameters that DeepSpeed has linked to its state outlive it. Each would keep its process group, and that one's
+        # threads, which wake up a hundred times a second.
+        for thing in gc.get_objects():
+            if type(thing) is torch.nn.Parameter:
+                vars(thing).clear()
 
 
 def _answer(message: bytes, rank: int) -> bytes:
@@ -213,6 +218,7 @@ def _in_group(
     import torch.distributed as dist
 
     dist.init_process_group("gloo", f"file://{init_file}", timeout=timeout, rank=rank, world_size=world_size)
+    dist.barrier()  # nobody is done, and gone, before everyone is connected
     result = fn(rank, world_size, *args)
     # Not when it raises: the others would fail of a closed connection, perhaps before this rank could say why.
     if dist.is_initialized():
