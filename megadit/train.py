@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import IO
 
 import torch.distributed as dist
 
-from megadit.runtime.launch import LaunchError, Process, process_group
+from megadit.runtime.launch import LaunchError, Process, discover, process_group
 from megadit.runtime.lock import hold
 from megadit.runtime.log import setup_logging
 from megadit.runtime.seed import use_deterministic_kernels
@@ -37,6 +38,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, metavar="X.yaml", help="the run's configuration")
+    parser.add_argument("--dry-run", action="store_true", help="play a step without numbers, and report what it needs")
+    parser.add_argument("--world", type=int, metavar="N", help="dry run: the number of processes (default: this world)")
+    parser.add_argument("--as-rank", type=int, metavar="R", help="dry run: the process to play (default: 0)")
+    parser.add_argument("--all-stages", action="store_true", help="dry run: play one process of each pipeline rank")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="what differs from the file")
     return parser.parse_intermixed_args(argv)
@@ -58,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     3 when the last checkpoint could not be written.
     """
     args = arguments(argv)
+    if args.dry_run:
+        return play(args)
     try:
         with process_group() as process:
             setup_logging(process.rank)
@@ -65,6 +72,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LaunchError as error:
         print(f"megadit: {error}", file=sys.stderr)  # noqa: T201
         return BAD_INPUT
+
+
+def play(args: argparse.Namespace) -> int:
+    """Dry runs, in this process alone. Returns the exit status."""
+    from megadit.planning.dry_run import dry_run, ranks_to_play, report
+
+    try:
+        world_size = discover(os.environ)[1] if args.world is None else args.world
+        config = load_config(args.config, args.overrides)
+        for rank in ranks_to_play(config, world_size, args.as_rank, args.all_stages):
+            print("\n".join(report(dry_run(config, world_size, rank))), flush=True)  # noqa: T201
+    except ValueError as error:
+        print(f"megadit: {error}", file=sys.stderr)  # noqa: T201
+        return BAD_INPUT
+    return 0
 
 
 def start(process: Process, path: str, overrides: Sequence[str]) -> int:

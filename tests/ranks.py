@@ -80,8 +80,8 @@ class _Start:
         vars(groups).update(self.deepspeed)
         self.deepspeed = self._copy_deepspeed_globals()
         gc.collect()
-        # Parameters that DeepSpeed has linked to its state outlive it. Each would keep its process group, and that one's
-        # threads, which wake up a hundred times a second.
+        # Parameters that DeepSpeed has linked to its state outlive it. Each would keep its process group, whose threads
+        # wake up a hundred times a second.
         for thing in gc.get_objects():
             if type(thing) is torch.nn.Parameter:
                 vars(thing).clear()

@@ -154,6 +154,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Parameters, (total, activated) with a frozen text encoder and autoencoder, as the paper gives them; 0: it does not.
+PAPER_SIZES: dict[str, tuple[float, float]] = {
+    "ec-dit-xl": (1.47e9, 0),
+    "ec-dit-xl-32e": (6.08e9, 0),
+    "ec-dit-xxl": (2.35e9, 0),
+    "ec-dit-xxl-32e": (13.47e9, 0),
+    "ec-dit-3xl": (4.50e9, 0),
+    "ec-dit-3xl-32e": (32.15e9, 0),
+    "ec-dit-m": (8.03e9, 0),
+    "ec-dit-m-64e": (97.21e9, 8.27e9),
+}
+
 # How others route, with any size of model.
 ROUTING_PRESETS: dict[str, dict[str, Any]] = {
     "ec-dit": {"routing": "expert_choice", "capacity_factor": 2.0},

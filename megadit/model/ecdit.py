@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megadit.model.block import Block, recomputed
 from megadit.model.config import ECDiTConfig
-from megadit.model.embed import Embedding, Head
+from megadit.model.embed import MODULATION_OUTPUTS, Embedding, Head
 from megadit.model.router import RouterStats
 from megadit.model.text import TextConfig
 from megadit.parallel.grid import Group
@@ -41,7 +41,7 @@ class ECDiT(nn.Module):
     ) -> None:
         """`recompute`: of each block, or of each mixture of experts, keep the inputs only and run it again backward."""
         super().__init__()
-        self.config, self.recompute, self.region = config, recompute, region
+        self.config, self.layers, self.recompute, self.region = config, layers, recompute, region
         self.has_balance_loss = config.has_balance_loss  # asked once: it looks at every layer
         self.embed = Embedding(config, text, region) if layers.start == 0 else None
         self.blocks = nn.ModuleDict(
@@ -118,6 +118,20 @@ class ECDiT(nn.Module):
             layer: RouterStats(*(torch.stack(values).mean(dim=0) for values in zip(*each, strict=True)))
             for layer, each in ((layer, [stats[layer] for stats in taken]) for layer in layers)
         }
+
+
+def carry_like(config: ECDiTConfig, text: TextConfig, image_BCHW: Tensor, region: Region) -> tuple[Tensor, ...]:
+    """Uninitialised tensors of the shapes that one stage hands the next for these images."""
+    images, width = len(image_BCHW), config.width
+    tokens = image_BCHW.shape[2] * image_BCHW.shape[3] // config.patch**2
+    carry = [image_BCHW.new_empty(images, tokens // region.token_parts, width), image_BCHW.new_empty(images, width)]
+    if config.modulation == "shared":
+        carry.append(image_BCHW.new_empty(images, MODULATION_OUTPUTS["shared"], width))
+    if config.conditioning == "text":
+        carry.append(image_BCHW.new_empty(images, text.length, text.width))
+    if config.has_balance_loss:
+        carry.append(image_BCHW.new_empty(1, dtype=torch.promote_types(image_BCHW.dtype, torch.float32)))
+    return tuple(part.requires_grad_() for part in carry)
 
 
 def whole_model(config: ECDiTConfig, text: TextConfig) -> ECDiT:

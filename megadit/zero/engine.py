@@ -23,9 +23,16 @@ from torch import Tensor, nn
 
 from megadit.parallel.grid import Grid
 from megadit.parallel.placement import placement_of
-from megadit.zero.groups import Fragment, NamedParameters, OptimConfig, global_norm, group_parameters, sum_partial
+from megadit.zero.groups import (
+    MAX_BUCKET,
+    Fragment,
+    NamedParameters,
+    OptimConfig,
+    global_norm,
+    group_parameters,
+    sum_partial,
+)
 
-MAX_BUCKET = 1 << 27  # elements reduced at once
 KINDS = {"master": None, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}  # ours -> DeepSpeed's key
 
 
@@ -175,6 +182,9 @@ class ZeroEngine:
         """Add the gradients that are there, divided by the size of dp, to the partitions of their owners."""
         self.optimizer.setup_buckets()
         self.optimizer.reduce_gradients()
+        for _, parameter in self.named:
+            # What others own: DeepSpeed would keep it, and with it the whole bucket, until the step.
+            parameter.grad_accum = None  # type: ignore[attr-defined]
 
     def step(self, lr: float) -> Tensor:
         self.optimizer.set_lr(lr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from megadit.parallel.grid import Grid
 from megadit.parallel.placement import placement_of
 
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
+Member = TypeVar("Member")
+
+MAX_BUCKET = 1 << 27  # elements that ZeRO reduces at once
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,18 @@ def group_parameters(
     named: NamedParameters, weight_decay: float, decays: Callable[[str], bool]
 ) -> list[ParameterGroup]:
     """Dense and expert parameters, each with and without decay. Groups that would be empty are left out."""
-    members: dict[tuple[tuple[str, ...], float], list[tuple[str, nn.Parameter]]] = {}
-    for name, parameter in named:
-        key = (placement_of(parameter).data_axes, weight_decay if decays(name) else 0.0)
-        members.setdefault(key, []).append((name, parameter))
-    return [ParameterGroup(group, axes, decay) for (axes, decay), group in sorted(members.items(), reverse=True)]
+    keys = [(placement_of(parameter).data_axes, weight_decay if decays(name) else 0.0) for name, parameter in named]
+    return [ParameterGroup(group, *key) for key, group in in_groups(named, keys)]
+
+
+def in_groups(
+    members: Iterable[Member], keys: Iterable[tuple[tuple[str, ...], float]]
+) -> list[tuple[tuple[tuple[str, ...], float], list[Member]]]:
+    """Members of equal (data axes, weight decay) together: the groups in the order in which they are reduced."""
+    groups: dict[tuple[tuple[str, ...], float], list[Member]] = {}
+    for member, key in zip(members, keys, strict=True):
+        groups.setdefault(key, []).append(member)
+    return sorted(groups.items(), key=lambda item: item[0], reverse=True)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megadit.model.config import PAPER_SIZES, PRESETS
+from megadit.model.count import PAPER_TEXT
 from megadit.training.config import check, load_config
 
 SCRIPTS = sorted(
@@ -34,12 +36,32 @@ def test_a_script_parses(script):
     assert done.returncode == 0, done.stderr
 
 
+def stated_worlds(path):
+    """The numbers of GPUs that a configuration says it is for."""
+    stated = re.search(r"^# Cluster: (.*) GPUs of 80 GB", path.read_text(), re.MULTILINE)
+    return [int(number.replace(",", "")) for number in stated[1].split(", or ")] if stated else []
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=str)
 def test_a_configuration_passes_the_rules(path):
     config = load_config(path)
     degrees = config.parallel
-    for world_size in {degrees.tensor * degrees.pipeline * degrees.expert, *WORLDS.get(path.stem, ())}:
+    fewest = degrees.tensor * degrees.pipeline * degrees.expert
+    for world_size in {fewest, *WORLDS.get(path.stem, ()), *stated_worlds(path)}:
         check(config, world_size)
+
+
+def test_every_size_of_the_paper_has_a_configuration():
+    configs = {load_config(path).model.preset: path for path in CONFIGS}
+    presets = [preset for preset in PRESETS if preset.startswith("ec-dit-")]
+    assert {*PAPER_SIZES} <= {*presets} <= {*configs}
+    for preset in presets:
+        config = load_config(configs[preset])
+        assert {key: getattr(config.model, key) for key in PRESETS[preset]} == PRESETS[preset]
+        assert (config.text, config.model.modulation) == (PAPER_TEXT, "scale_shift")
+        assert (config.run.steps, config.data.global_batch, config.optim.lr) == (800_000, 4096, 1e-4)
+        assert stated_worlds(configs[preset]), "its header says for how many GPUs it is"
+    assert stated_worlds(configs["ec-dit-m-64e"]) == [512, 1024]
 
 
 def training_commands():
@@ -51,9 +73,9 @@ def training_commands():
         for line in text.splitlines():
             if (at := re.search(STARTS + r" (examples/\S+\.yaml)([^#`>]*)", line)) is None:
                 continue
-            processes = re.search(r"(?:--nproc-per-node |NPROC=)(\d+|\"\$ranks\")", line)
+            processes = re.search(r"(?:--nproc-per-node |NPROC=|--world )(\d+|\"\$ranks\")", line)
             count = 1 if processes is None else int(processes[1] if processes[1].isdigit() else ranks[1])
-            words = shlex.split(at[2], posix=True)
+            words = shlex.split(re.sub(r"--dry-run|--all-stages|--(world|as-rank) \d+", "", at[2]), posix=True)
             overrides = [word for word in words if re.fullmatch(r"\w+\.\w+=\S+", word)]
             assert all(word in overrides or word == "$@" for word in words), f"{page}: what is {at[2]}?"
             found.append((page, count, at[1], overrides))

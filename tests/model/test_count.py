@@ -1,15 +1,34 @@
-"""The closed-form FLOPs against torch's counter on a real forward."""
+"""The closed-form FLOPs against torch's counter on a real forward and backward."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from megadit.model.config import ROUTING_PRESETS
-from megadit.model.count import end_flops, forward_flops, layer_flops, stage_costs
-from megadit.model.ecdit import ECDiT
+from megadit.model.config import PRESETS, ROUTING_PRESETS, ECDiTConfig
+from megadit.model.count import (
+    PAPER_TEXT,
+    Flops,
+    end_flops,
+    flops_by_part,
+    flops_of,
+    forward_flops,
+    layer_flops,
+    products_of,
+    stage_costs,
+)
+from megadit.model.ecdit import ECDiT, whole_model
+
+# The counter knows the fused attention of GPUs, and its two formulas hold for that of a CPU too.
+aten = torch.ops.aten
+FUSED_ATTENTION = {
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **options: sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *rest, **options: (
+        sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
 
 
 def preset_of(name):
@@ -58,33 +77,46 @@ CASES = {
 
 @pytest.fixture
 def count(text, region, grid, filled):
-    """A function that runs layers of a model on some images and counts the FLOPs, forward alone or with backward."""
+    """A function that runs layers of a model on some images and counts: (FLOPs forward, FLOPs backward)."""
 
-    def run(config, layers=None, text=text, images=1, backward=False):
+    def run(config, layers=None, text=text, images=1, recompute="none", fused=False, backward=True):
         layers = layers or range(config.layers)
-        stage = filled(ECDiT(config, text, layers, region, grid["ep"]))
-        size = (config.image_size, config.image_size)
-        ids = torch.full((images, text.length), 2)
-        carry = [torch.ones(images, config.channels, *size).double()]
-        if layers.start > 0:
-            widths = (images, config.tokens, config.width), (images, config.width), (images, text.length, text.width)
-            carry = [torch.ones(*shape).double() for shape in widths]
-            if config.modulation == "shared":
-                carry.insert(2, torch.ones(images, 6, config.width).double())
-        captions = {"text_ids_BL": ids, "text_mask_BL": ids > 0}
-        if text.kind == "states":
-            captions["text_states_BLC"] = torch.ones(images, text.length, text.channels).double()
-        labels = {"labels_B": torch.zeros(images, dtype=torch.int64)}
-        keywords = {"timesteps_B": torch.full((images,), 0.5).double(), "size": size}
-        keywords |= captions if config.conditioning == "text" else labels
-        # The counter knows matrix products, not the fused attention of a CPU: the plain one is made of products.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            out = stage(*carry, **keywords)
-            if backward:
-                out.sum().backward()
-        return counter.get_total_flops()
+        stage = filled(ECDiT(config, text, layers, region, grid["ep"], recompute))
+        carry, keywords = inputs(config, text, images, layers.start == 0)
+        return counted(stage, [x.double() for x in carry], keywords, fused, backward)
 
     return run
+
+
+def inputs(config, text, images, is_first=True):
+    """Carry and keywords of a stage for so many images."""
+    size = (config.image_size, config.image_size)
+    carry = [torch.ones(images, config.channels, *size)]
+    if not is_first:
+        shapes = [(config.tokens, config.width), (config.width,), (text.length, text.width)]
+        if config.modulation == "shared":
+            shapes.insert(2, (6, config.width))
+        carry = [torch.ones(images, *shape, requires_grad=True) for shape in shapes]
+    ids = torch.full((images, text.length), 2)
+    captions = {"text_ids_BL": ids, "text_mask_BL": ids > 0}
+    if text.kind == "states":
+        captions["text_states_BLC"] = torch.ones(images, text.length, text.channels)
+    labels = {"labels_B": torch.zeros(images, dtype=torch.int64)}
+    keywords = {"timesteps_B": torch.full((images,), 0.5), "size": size}
+    return carry, keywords | (captions if config.conditioning == "text" else labels)
+
+
+def counted(stage, carry, keywords, fused, backward=True):
+    """(FLOPs forward, FLOPs backward). Attention is fused, or the plain one that is made of products."""
+    dtype = next(stage.parameters()).dtype
+    keywords = {key: x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for key, x in keywords.items()}
+    backend = SDPBackend.FLASH_ATTENTION if fused else SDPBackend.MATH
+    with sdpa_kernel(backend), FlopCounterMode(display=False, custom_mapping=FUSED_ATTENTION) as counter:
+        out = stage(*carry, **keywords)
+        forward = counter.get_total_flops()
+        if backward:
+            sum(x.sum() for x in (out if isinstance(out, tuple) else (out,))).backward()
+    return forward, counter.get_total_flops() - forward
 
 
 def images_of(config):
@@ -96,7 +128,7 @@ def images_of(config):
 def test_forward_flops_are_what_torch_counts(count, config, text, case):
     config = replace(config, **CASES[case])
     images = 2 * images_of(config)
-    assert images * forward_flops(config, text) == count(config, images=images)
+    assert images * forward_flops(config, text) == count(config, images=images, backward=False)[0]
 
 
 @pytest.mark.parametrize("case", ["shared_experts", "groups", "token_choice", "dropless", "timestep_router"])
@@ -104,7 +136,10 @@ def test_forward_flops_are_what_torch_counts(count, config, text, case):
 def test_a_layer_of_experts_costs_what_torch_counts(count, config, text, layer, case):
     config = replace(config, **CASES[case], layers=5)
     images = images_of(config)
-    assert images * layer_flops(config, text, layer) == count(config, range(layer, layer + 1), images=images)
+    assert (
+        images * layer_flops(config, text, layer)
+        == count(config, range(layer, layer + 1), images=images, backward=False)[0]
+    )
 
 
 def test_cost_of_a_group_must_be_known(config, text):
@@ -115,19 +150,19 @@ def test_cost_of_a_group_must_be_known(config, text):
 @pytest.mark.parametrize("layers", [0, 3])
 def test_flops_of_other_captions_are_what_torch_counts(count, config, text, layers):
     text = replace(text, layers=layers, length=11, width=24, heads=4)
-    assert forward_flops(config, text) == count(config, text=text)
+    assert forward_flops(config, text) == count(config, text=text, backward=False)[0]
 
 
 def test_flops_of_states_are_what_torch_counts(count, config, text):
     text = replace(text, kind="states", channels=40, length=11)
-    assert forward_flops(config, text) == count(config, text=text)
+    assert forward_flops(config, text) == count(config, text=text, backward=False)[0]
 
 
 @pytest.mark.parametrize("changes", [{}, {"modulation": "shared"}, {"embedders": "per_layer"}], ids=str)
 @pytest.mark.parametrize("layers", [range(1), range(2), range(1, 2), range(2, 3), range(3, 4)], ids=str)
 def test_a_stage_costs_what_torch_counts(count, config, text, layers, changes):
     config = replace(config, **changes)
-    assert sum(stage_costs(config, text)[layers.start : layers.stop]) == count(config, layers)
+    assert sum(stage_costs(config, text)[layers.start : layers.stop]) == count(config, layers, backward=False)[0]
 
 
 def test_costs_are_layers_with_the_ends_on_the_outermost(config, text):
@@ -137,6 +172,57 @@ def test_costs_are_layers_with_the_ends_on_the_outermost(config, text):
 
 
 def test_a_training_step_takes_three_forwards_but_for_the_inputs_gradients(count, config, text):
-    step = count(config, backward=True)
     unneeded = 2 * (config.tokens * 12 * config.width + 256 * config.width)  # of the image and the time features
-    assert step == 3 * forward_flops(config, text) - unneeded
+    assert sum(count(config)) == 3 * forward_flops(config, text) - unneeded
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_passes_are_what_torch_counts(count, config, text, case):
+    config, text = replace(config, **CASES[case]), replace(text, kind="states", channels=40)
+    images = 2 * images_of(config)
+    for recompute, fused in [("block", True), ("moe", False)]:
+        ours = flops_of(products_of(config, text, images), recompute, fused)
+        theirs = count(config, text=text, images=images, recompute=recompute, fused=fused)
+        assert (ours.forward, ours.backward + ours.again) == theirs, (recompute, fused)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_both_passes_of_other_captions_are_what_torch_counts(count, config, text, fused):
+    text = replace(text, layers=3, length=11, width=24, heads=4)
+    ours = flops_of(products_of(config, text, 1), fused=fused)
+    assert (ours.forward, ours.backward + ours.again) == count(config, text=text, fused=fused)
+
+
+@pytest.mark.parametrize("changes", [{}, {"modulation": "shared"}, {"embedders": "per_layer"}], ids=str)
+@pytest.mark.parametrize("layers", [range(1), range(2), range(1, 2), range(2, 3), range(3, 4)], ids=str)
+def test_both_passes_of_a_stage_are_what_torch_counts(count, config, text, layers, changes):
+    config = replace(config, **changes)
+    ours = flops_of(products_of(config, text, 2, layers), "block", fused=True)
+    theirs = count(config, layers, images=2, recompute="block", fused=True)
+    assert (ours.forward, ours.backward + ours.again) == theirs
+
+
+@pytest.mark.parametrize("preset", ["ec-dit-m-64e", "pixart-xl-2", "dit-xl-2"])
+def test_both_passes_of_large_layers_are_what_torch_counts(preset):
+    config = ECDiTConfig(**PRESETS[preset] | {"layers": 4})
+    ours = flops_of(products_of(config, PAPER_TEXT, 3), fused=False)
+    with torch.device("meta"):
+        theirs = counted(whole_model(config, PAPER_TEXT), *inputs(config, PAPER_TEXT, 3), fused=False)
+    assert (ours.forward, ours.backward + ours.again) == theirs
+
+
+def test_images_must_fill_groups(config, text):
+    with pytest.raises(AssertionError, match="3 images do not fill routing groups of 2"):
+        products_of(replace(config, routing_group=2), text, 3)
+
+
+def test_parts_make_the_whole(config, text):
+    products = products_of(config, text, 2)
+    parts = flops_by_part(products, "moe")
+    assert sum(parts.values(), Flops()) == flops_of(products, "moe")
+    assert {part for part, flops in parts.items() if flops.again} == {
+        *("router", "experts", "text"),
+        *("attention_scores", "cross_attention_scores"),
+    }
+    # Two layers have experts: 4 of them take 8 of 16 tokens of 2 images, 4 multiply-adds per weight of two matrices.
+    assert parts["experts"] == Flops(*(2 * 2 * 4 * 2 * 8 * 2 * 32 * 128 * times for times in (1, 2, 1)))

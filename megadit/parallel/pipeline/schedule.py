@@ -26,7 +26,7 @@ SCHEDULES = {"1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B, "zbv"
 LossFunction = Callable[[Any, Tensor], Tensor]
 
 
-class _Stage(PipelineStage):
+class Stage(PipelineStage):
     """A stage that says when the gradients of one microbatch are in `p.grad`."""
 
     def __init__(self, *args: Any, after_backward: Callable[[], None], **kwargs: Any) -> None:
@@ -62,6 +62,8 @@ class Pipeline:
     arguments, which every rank supplies from its own copy of the batch; those must not require gradients, for the
     schedules would drop them silently.
     """
+
+    stage_class = Stage
 
     def __init__(
         self,
@@ -100,21 +102,22 @@ class Pipeline:
         """The rank, in the pipeline's group, of the last stage."""
         return 0 if self.schedule == "zbv" else self.group.size - 1
 
+    def _stage(self, index: int, module: nn.Module, **shapes: tuple[Tensor, ...]) -> Stage:
+        return self.stage_class(
+            module,
+            index,
+            self.num_stages,
+            self.device,
+            group=self.group.handle,
+            after_backward=self.after_backward,
+            **shapes,
+        )
+
     def _schedule(self, train: bool, num_microbatches: int, batch: Tensor, keywords: dict[str, Any]) -> Any:
         shapes = tuple((key, value.shape if isinstance(value, Tensor) else value) for key, value in keywords.items())
         key = (train, num_microbatches, batch.shape, shapes)
         if key not in self._schedules:
-            stages = [
-                _Stage(
-                    module,
-                    index,
-                    self.num_stages,
-                    self.device,
-                    group=self.group.handle,
-                    after_backward=self.after_backward,
-                )
-                for index, module in zip(self.indices, self.stages, strict=True)
-            ]
+            stages = [self._stage(index, module) for index, module in zip(self.indices, self.stages, strict=True)]
             # scale_grads would divide p.grad after the fact, also what other steps accumulated: the loss divides.
             self._schedules[key] = SCHEDULES[self.schedule](
                 stages[0] if self.schedule == "1f1b" else stages,

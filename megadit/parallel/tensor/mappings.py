@@ -118,6 +118,7 @@ class Region(Protocol):
 
     group: Group
     partial: tuple[str, ...]
+    token_parts: int  # into so many the tokens between the layers are cut
 
     def enter(self, x_BTD: Tensor) -> Tensor:
         """Tokens as they lie between layers -> all tokens, whole on every rank, for work that is cut over the group."""
@@ -152,7 +153,7 @@ class ReplicatedTokens:
     partial: tuple[str, ...] = ()
 
     def __init__(self, group: Group) -> None:
-        self.group = group
+        self.group, self.token_parts = group, 1
 
     def enter(self, x_BTD: Tensor) -> Tensor:
         return _Enter.apply(x_BTD, self.group)
@@ -185,7 +186,7 @@ class CutTokens:
     partial: tuple[str, ...] = ("tp",)
 
     def __init__(self, group: Group) -> None:
-        self.group = group
+        self.group, self.token_parts = group, group.size
 
     def enter(self, x_BTD: Tensor) -> Tensor:
         return _GatherSum.apply(x_BTD, self.group, TOKENS)
