@@ -206,6 +206,9 @@ class _Engine:
 _engines: dict[object, _Engine] = {}  # layouts that differ in their microbatches alone share one
 
 
+_partition = cache(partition)
+
+
 @dataclass(frozen=True)
 class _Shares:
     """Who holds which layers and parameters: all that is known without running anything."""
@@ -224,13 +227,15 @@ class _Shares:
     @cached_property
     def stages(self) -> list[range]:
         """The layers of every pipeline stage."""
-        parallel = self.config.parallel
-        return partition(stage_costs(self.model, self.config.text), parallel.pipeline * parallel.stages_on_rank)
+        num_stages = self.config.parallel.pipeline * self.config.parallel.stages_on_rank
+        return list(_partition(tuple(stage_costs(self.model, self.config.text)), num_stages))
 
-    def indices(self, rank: int) -> list[int]:
-        """The stages of a pipeline rank."""
+    @cached_property
+    def indices(self) -> list[list[int]]:
+        """The stages of every pipeline rank."""
         parallel = self.config.parallel
-        return stage_indices(parallel.schedule, rank, parallel.pipeline, parallel.stages_on_rank)
+        ranks, held = parallel.pipeline, parallel.stages_on_rank
+        return [stage_indices(parallel.schedule, rank, ranks, held) for rank in range(ranks)]
 
     def _parameters(self, stages: Sequence[range]) -> list[LocalParameter]:
         """This rank's parameters, in the order of its engine."""
@@ -249,7 +254,7 @@ class _Shares:
         ]
 
     def engine(self, rank: int) -> _Engine:
-        stages = tuple(self.stages[index] for index in self.indices(rank))
+        stages = tuple(self.stages[index] for index in self.indices[rank])
         config = self.config
         numbers = config.zero, config.run.dtype, config.optim.weight_decay, config.parallel.sequence
         key = self.layout, stages, rank, *numbers, repr(self.model), repr(config.text)
@@ -291,7 +296,7 @@ class _Planning(_Shares):
         ran = timeline(
             self.orders,
             lambda action: sum(durations[action.stage, action.kind]),
-            self._transfer,
+            lambda stage, following: self._transfer,
             prefetch=self.config.parallel.schedule != "1f1b",
         )
         ranks = [self._rank(rank) for rank in range(self.layout.pp)]
@@ -316,8 +321,9 @@ class _Planning(_Shares):
         members = {name: self.layout.members(along, 0) for name, along in axes.items()}
         return {name: (len(ranks), members_per_node(ranks, self.gpu.gpus_per_node)) for name, ranks in members.items()}
 
-    def _transfer(self, stage: int, following: int) -> float:
-        """The carry, or its gradient, from one pipeline rank to its neighbour."""
+    @cached_property
+    def _transfer(self) -> float:
+        """Seconds of the carry, or its gradient, from one pipeline rank to its neighbour."""
         size, per_node = self.groups["pp"]
         near = 2 if per_node == size else 1
         return sum(seconds_of_collective("send", part, 2, near, self.gpu) for part in self._carry)
@@ -331,20 +337,20 @@ class _Planning(_Shares):
     def _transfers(self, rank: int) -> float:
         """Seconds in which a rank sends to its neighbours and receives from them."""
         return sum(
-            2 * self.num_microbatches * self._transfer(index, neighbour)  # the carry one way, its gradient the other
-            for index in self.indices(rank)
+            2 * self.num_microbatches * self._transfer  # the carry one way, its gradient the other
+            for index in self.indices[rank]
             for neighbour in self._neighbours(rank, index)
         )
 
     def _neighbours(self, rank: int, index: int) -> list[int]:
         """The stages beside this one of a rank that other ranks hold."""
         beside = (index - 1, index + 1)
-        return [stage for stage in beside if 0 <= stage < len(self.stages) and stage not in self.indices(rank)]
+        return [stage for stage in beside if 0 <= stage < len(self.stages) and stage not in self.indices[rank]]
 
     # Memory
 
     def _rank(self, rank: int) -> RankPlan:
-        indices = self.indices(rank)
+        indices = self.indices[rank]
         engine, footprint = self.engine(rank), self.footprint(rank, foreach=self.gpu.cores == 0)
         sent = engine.collectives(self.num_microbatches) + self._report()
         memory = Memory(
@@ -387,7 +393,7 @@ class _Planning(_Shares):
 
         Between two stages of one rank: the carry and its gradient. Under zbv: each gradient that a stage hands back.
         """
-        stage, own = action.stage, self.indices(rank)
+        stage, own = action.stage, self.indices[rank]
         if action.kind == "F" or self._is_second_half(action) or (action.kind, stage) == ("I", 0):
             return 0
         gradient = stage - 1 in own or (self.config.parallel.schedule == "zbv" and stage > 0)
@@ -420,7 +426,7 @@ class _Planning(_Shares):
     def _collectives(self, rank: int) -> Counter[Collective]:
         """Of the stages, and between them."""
         total: Counter[Collective] = Counter()
-        for index in self.indices(rank):
+        for index in self.indices[rank]:
             for phase in self.costs[index].phases.values():
                 for call, count in phase.collectives.items():
                     total[call] += count * self.num_microbatches

@@ -26,7 +26,10 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         "parameters_activated": size.activated,
         "parameters_frozen": {**asdict(size.frozen), "total": size.frozen.total},
         "parameters_trained": {**asdict(size.trained), "total": size.trained.total},
-        "flops_per_image": {part: asdict(flops) for part, flops in flops(plan).items()},
+        "flops_per_image": {
+            part: {name: count / plan.model.group_images for name, count in asdict(counts).items()}
+            for part, counts in flops(plan).items()
+        },
         "world_size": plan.world_size,
         "gpu": asdict(gpu),
         "layout": {
@@ -67,7 +70,7 @@ def to_dict(plan: Plan) -> dict[str, Any]:
 
 
 def flops(plan: Plan) -> dict[str, Any]:
-    """Operations for one image, by part."""
+    """Operations by part, for the images of one routing group."""
     config = plan.config
     return flops_by_part(products_of(plan.model, config.text, plan.model.group_images), config.run.recompute)
 

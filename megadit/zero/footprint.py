@@ -116,7 +116,7 @@ class FlatGroup:
     def numel(self) -> int:
         return sum(parameter.numel for parameter in self.parameters)
 
-    @property
+    @cached_property
     def padded(self) -> int:
         """Elements of the flat buffer, which `ranks` equal parts of an even size fill.
 
@@ -125,7 +125,7 @@ class FlatGroup:
         """
         return -(-self.numel // (ALIGNMENT * self.ranks)) * ALIGNMENT * self.ranks
 
-    @property
+    @cached_property
     def part(self) -> int:
         """Elements of one rank's part."""
         return self.padded // self.ranks
@@ -149,7 +149,9 @@ class FlatGroup:
 
     def own(self, index: int) -> Range | None:
         """This rank's range of a parameter."""
-        return next((found for found in self.ranges(index) if found.owner == self.rank), None)
+        begin, offset = self.starts[index], self.rank * self.part
+        first, last = max(begin, offset), min(begin + self.parameters[index].numel, offset + self.part)
+        return Range(self.rank, first - begin, first - offset, last - first) if first < last else None
 
     @property
     def filled(self) -> int:
@@ -326,13 +328,15 @@ class ZeroState:
     def _sendings(self, pieces: list[tuple[str, Piece]]) -> list[Sending]:
         """Stage 1: an all-reduce for each axis. Stage 2: a reduce for each axis and owner."""
         found: dict[tuple[str, int | None], list[Sending]] = {}
+        together: dict[tuple[str, int | None], int] = {}  # elements of the last sending of each
         for axis, piece in pieces:
-            owner = piece.owner if self.stage == 2 else None
-            sendings = found.setdefault((axis, owner), [])
+            key = axis, piece.owner if self.stage == 2 else None
             # More than a bucket is not sent at once: of a gradient that is larger itself, once that much is together.
-            if not sendings or sendings[-1].numel > self.bucket:
-                sendings.append(Sending(axis, owner, []))
-            sendings[-1].pieces.append(piece)
+            if key not in found or together[key] > self.bucket:
+                found.setdefault(key, []).append(Sending(*key, []))
+                together[key] = 0
+            found[key][-1].pieces.append(piece)
+            together[key] += piece.numel
         return [sending for sendings in found.values() for sending in sendings]
 
     def is_freed_early(self, member: tuple[int, int]) -> bool:

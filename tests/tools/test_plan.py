@@ -51,6 +51,13 @@ def test_the_97_billion_parameter_model_in_numbers(plan):
     assert told["days"] == pytest.approx(800_000 * 4096 / told["images_per_second"] / 86400)
 
 
+def test_operations_are_those_of_one_image(plan):
+    alone, pairs = (
+        json.loads(plan(*SMALL, "--json", f"model.routing_group={group}")[1])["flops_per_image"] for group in (1, 2)
+    )
+    assert alone == pairs  # a capacity of two images is twice that of one
+
+
 def test_the_plan_for_people(plan):
     status, out, _ = plan(*SMALL)
     assert status == 0
