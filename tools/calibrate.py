@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import subprocess
@@ -276,7 +275,7 @@ def describe(found: Benchmarks, device: str) -> Gpu:
         memory=0.7,
         link=0.7,
         network=0.7,
-        launch_seconds=found.launch_seconds,
+        launch_seconds=PYTHON[device] * found.launch_seconds,
         latency_seconds=latency,
         message_seconds=message,
         network_latency_seconds=latency,
@@ -284,6 +283,9 @@ def describe(found: Benchmarks, device: str) -> Gpu:
     return replace(gpu, link_bandwidth=link, network_bandwidth=link, efficiency=efficiency)
 
 
+# A kernel of a training takes so many times what it takes in a row, where the fit begins: a model's modules, views and
+# gradients are Python and dispatches too. On a GPU they hide behind the kernels before.
+PYTHON = {"cpu": 4.0, "cuda": 1.0}
 TINY = 1e-9  # seconds: a cost that is not there, but whose logarithm is
 
 
@@ -331,30 +333,29 @@ class Predictor:
 
 # Fitting
 
-PARTS = ("matrix", "memory", "link")  # of a rate, at most 1
+PARTS = ("matrix", "memory", "link")  # of a rate
 COSTS = ("launch_seconds", "latency_seconds", "message_seconds")
-DOUBT = {
-    "launch_seconds": math.log(4)
-}  # a kernel that torch calls from Python costs several times what it costs in a row
-USUAL_DOUBT = math.log(2)
+# The factor by which each number may be wrong where the fit begins, as one standard deviation: of a part's odds (p to
+# 1 - p), of a cost itself.
+DOUBT = 2.0
 NOISE = 0.03  # of a measured time
-ROUNDS, TOLERANCE = 50, 1e-4
+MOST_TRIES, LEAST_GAIN = 60, 1e-6
+SMALL = 1e-4  # step of a slope; a plan's seconds are piecewise linear in every cost
 
 
-def logarithms(gpu: Gpu) -> NDArray[np.float64]:
-    """What the fit changes: how long each kind of work takes, as logarithms, so that no time is negative."""
-    efficiency = gpu.efficiency
-    parts = [-math.log(getattr(efficiency, name)) for name in PARTS]
-    return np.array([*parts, *(math.log(getattr(efficiency, name)) for name in COSTS)])
+def coordinates(gpu: Gpu) -> NDArray[np.float64]:
+    """What the fit changes: logarithms, for there any number is a part between 0 and 1, or a cost above 0."""
+    parts = [getattr(gpu.efficiency, name) for name in PARTS]
+    costs = [getattr(gpu.efficiency, name) for name in COSTS]
+    return np.log([*(part / (1 - part) for part in parts), *costs])
 
 
-def with_logarithms(gpu: Gpu, logs: NDArray[np.float64]) -> Gpu:
-    """The opposite of `logarithms`. There is no network here: it is described as the link is."""
-    values = dict(zip((*PARTS, *COSTS), map(float, logs), strict=True))
-    parts = {name: min(math.exp(-values[name]), 1.0) for name in PARTS}
-    costs = {name: math.exp(values[name]) for name in COSTS}
-    network = {"network": parts["link"], "network_latency_seconds": costs["latency_seconds"]}
-    return replace(gpu, efficiency=replace(gpu.efficiency, **parts, **costs, **network))
+def at_coordinates(gpu: Gpu, x: NDArray[np.float64]) -> Gpu:
+    """The opposite of `coordinates`. There is no network here: it is described as the link is."""
+    values = dict(zip((*PARTS, *COSTS), np.exp(x).tolist(), strict=True))
+    found = {name: value / (1 + value) if name in PARTS else value for name, value in values.items()}
+    network = {"network": found["link"], "network_latency_seconds": found["latency_seconds"]}
+    return replace(gpu, efficiency=replace(gpu.efficiency, **found, **network))
 
 
 def fit(
@@ -362,23 +363,29 @@ def fit(
     measured: NDArray[np.float64],
     start: NDArray[np.float64],
     doubt: NDArray[np.float64],
-    least: NDArray[np.float64],
     noise: float = NOISE,
 ) -> NDArray[np.float64]:
-    """The logarithms x with the least sum of ((x - start) / doubt)^2 and (log(predict(x) / measured) / noise)^2.
+    """The x with the least sum of ((x - start) / doubt)^2 and (log(predict(x) / measured) / noise)^2.
 
-    That is the likeliest x where `start` is known up to factors of exp(doubt), and times up to `noise`. Gauss-Newton: a
-    plan's seconds are piecewise linear in the times of each kind of work, so in logarithms its slopes are shares.
+    That is the likeliest x where `start` is known up to `doubt`, and times up to a factor of 1 + `noise`. Found by the
+    method of Levenberg (1944) and Marquardt (1963): a step of least squares, the shorter the more often it went wrong.
     """
-    x = start
-    for _ in range(ROUNDS):
-        now, step = predict(x), 1e-4
-        slopes = np.stack([(np.log(predict(x + step * unit)) - np.log(now)) / step for unit in np.eye(len(x))], axis=1)
-        rows = np.concatenate([slopes / noise, np.diag(1 / doubt)])
-        wanted = np.concatenate([np.log(measured / now) / noise, (start - x) / doubt])
-        change = np.linalg.lstsq(rows, wanted, rcond=None)[0]
-        before, x = x, np.maximum(x + np.clip(change, -1, 1), least)  # not far: other pieces have other slopes
-        if np.abs(x - before).max() < TOLERANCE:
+
+    def misses(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.concatenate([np.log(predict(x) / measured) / noise, (x - start) / doubt])
+
+    x, now, damping = start, misses(start), 1.0
+    for _ in range(MOST_TRIES):
+        slopes = np.stack([(misses(x + SMALL * unit) - now) / SMALL for unit in np.eye(len(x))], axis=1)
+        rows = np.concatenate([slopes, np.sqrt(damping) * np.diag(1 / doubt)])
+        change = np.linalg.lstsq(rows, -np.concatenate([now, np.zeros(len(x))]), rcond=None)[0]
+        then = misses(x + change)
+        gain = now @ now - then @ then
+        if gain > 0:
+            x, now, damping = x + change, then, damping / 4
+        else:
+            damping *= 8
+        if 0 <= gain < LEAST_GAIN:
             break
     return x
 
@@ -386,12 +393,10 @@ def fit(
 def calibrated(gpu: Gpu, measured: Sequence[Measurement], device: str) -> Gpu:
     """The GPU with the efficiencies with which plans agree with measurements."""
     predictor = Predictor([one.case for one in measured], device, gpu)
-    start = logarithms(gpu)
-    doubt = np.array([DOUBT.get(name, USUAL_DOUBT) for name in (*PARTS, *COSTS)])
-    least = np.array([0.0] * len(PARTS) + [-math.inf] * len(COSTS))
+    doubt = np.full(len(PARTS) + len(COSTS), np.log(DOUBT))
     seconds = np.array([one.seconds for one in measured])
-    found = fit(lambda x: predictor.seconds(with_logarithms(gpu, x)), seconds, start, doubt, least)
-    return with_logarithms(gpu, found)
+    found = fit(lambda x: predictor.seconds(at_coordinates(gpu, x)), seconds, coordinates(gpu), doubt)
+    return at_coordinates(gpu, found)
 
 
 # Judging

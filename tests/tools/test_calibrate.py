@@ -37,30 +37,29 @@ TRUE = Efficiency(
 CPU = Gpu("cpu", 10**9, {"float32": 1e11}, 1e10, 2e9, 2e9, gpus_per_node=8, cores=2, efficiency=TRUE)
 
 
-FREE = np.float64(-np.inf)  # no bound
-
-
 @pytest.fixture(scope="module")
 def predictor(tool):
     return tool.Predictor(tool.MEASURED, "cpu", CPU)
 
 
-def test_logarithms_and_back(tool):
-    same = tool.with_logarithms(CPU, tool.logarithms(CPU))
-    assert tool.logarithms(same) == pytest.approx(tool.logarithms(CPU), rel=1e-12)
-    assert same.efficiency.network == pytest.approx(0.3) and same.matrix_rate == CPU.matrix_rate
+def test_coordinates_and_back(tool):
+    same = tool.at_coordinates(CPU, tool.coordinates(CPU))
+    assert same.efficiency.__dict__ == pytest.approx(TRUE.__dict__, rel=1e-12)
+    assert replace(same, efficiency=TRUE) == CPU
+    for far in (-30.0, 30.0):
+        gpu = tool.at_coordinates(CPU, np.full(6, far))
+        assert 0 < gpu.efficiency.matrix <= 1 and gpu.efficiency.launch_seconds > 0
 
 
 def test_the_fit_finds_what_made_the_times(tool):
-    """As many times as there are unknowns and more, each a sum of parts that differ from time to time."""
+    """More times than unknowns, each a sum of parts that differ from time to time."""
     random = np.random.default_rng(0)
     amounts, true = random.uniform(1, 10, (20, 6)), random.uniform(-3, 3, 6)
 
     def predict(x):
         return amounts @ np.exp(x)
 
-    wide = np.full(6, 100.0)
-    found = tool.fit(predict, predict(true), np.zeros(6), wide, FREE, noise=1e-3)
+    found = tool.fit(predict, predict(true), np.zeros(6), np.full(6, 100.0), noise=1e-3)
     assert found == pytest.approx(true, abs=1e-3)
 
 
@@ -68,37 +67,32 @@ def test_the_fit_keeps_to_what_is_known_where_times_say_nothing(tool):
     def predict(x):
         return np.exp(x[:1])  # of the second nothing is seen
 
-    found = tool.fit(predict, np.array([8.0]), np.array([0.0, 5.0]), np.array([1.0, 1.0]), FREE, noise=1e-3)
+    found = tool.fit(predict, np.array([8.0]), np.array([0.0, 5.0]), np.array([1.0, 1.0]), noise=1e-3)
     assert found == pytest.approx([np.log(8), 5.0], abs=1e-4)
     # A doubtful time moves half of the way to what is equally doubtful.
-    found = tool.fit(predict, np.array([8.0]), np.array([0.0, 5.0]), np.array([0.1, 1.0]), FREE, noise=0.1)
+    found = tool.fit(predict, np.array([8.0]), np.array([0.0, 5.0]), np.array([0.1, 1.0]), noise=0.1)
     assert found == pytest.approx([np.log(8) / 2, 5.0], abs=1e-4)
 
 
-def test_no_part_of_a_rate_is_more_than_all_of_it(tool):
-    found = tool.fit(np.exp, np.array([0.1]), np.array([1.0]), np.array([9.0]), np.zeros(1), noise=0.01)
-    assert found == pytest.approx([0.0])
-
-
-def test_three_layouts_are_explained_exactly_and_what_is_found_is_near_the_truth(tool, predictor):
+def test_three_layouts_are_explained_and_what_is_found_is_near_the_truth(tool, predictor):
     """The plans of a machine play the measurements; the fit begins with all its costs too high."""
-    wrong = [1.5, 1.4, 1.3, 1.6, 1.2, 1.3]
-    start = tool.with_logarithms(CPU, tool.logarithms(CPU) + np.log(wrong))
-    played = [
-        tool.Measurement(case, [[seconds]]) for case, seconds in zip(tool.MEASURED, predictor.seconds(CPU), strict=True)
-    ]
+    wrong = [0.6, 0.6, 0.7, 1.6, 1.2, 1.3]
+    start = tool.at_coordinates(CPU, tool.coordinates(CPU) + np.log(wrong))
+    seconds = predictor.seconds(CPU)
+    played = [tool.Measurement(case, [[second]]) for case, second in zip(tool.MEASURED, seconds, strict=True)]
     found = tool.calibrated(start, played, "cpu")
     before, after = (tool.judge(gpu, played, "cpu").errors for gpu in (start, found))
-    assert min(map(abs, before)) > 0.3
+    assert min(map(abs, before)) > 0.2
     assert max(map(abs, after)) < 0.01
-    error = np.abs(tool.logarithms(found) - tool.logarithms(CPU))
-    assert error.max() < np.log(1.35) and np.median(error) < np.log(1.2)
+    error = np.abs(tool.coordinates(found) - tool.coordinates(CPU))
+    assert error.max() < np.log(1.5) and np.median(error) < np.log(1.25)
 
 
-def test_seconds_are_sums_of_shares(tool, predictor):
-    """Twice the time of everything is twice the seconds: no term has a constant that a calibration cannot reach."""
-    logs = tool.logarithms(CPU)
-    slow = tool.with_logarithms(CPU, logs + np.log(2))
+def test_twice_the_cost_of_everything_is_twice_the_seconds(predictor):
+    """No term has a constant that a calibration cannot reach."""
+    halves = {name: getattr(TRUE, name) / 2 for name in ("matrix", "memory", "link", "network")}
+    doubles = {name: 2 * value for name, value in TRUE.__dict__.items() if name.endswith("_seconds")}
+    slow = replace(CPU, efficiency=replace(TRUE, **halves, **doubles))
     assert predictor.seconds(slow) == pytest.approx(2 * predictor.seconds(CPU), rel=1e-9)
 
 
