@@ -22,13 +22,13 @@ from megadit.planning.hardware import Gpu
 from megadit.planning.memory import Memory
 from megadit.planning.meter import Collective
 from megadit.planning.profile import Costs, Profiler
-from megadit.planning.schedule import Action, Timeline, in_flight, orders, timeline
+from megadit.planning.schedule import Action, Timeline, backward_turns, in_flight, orders, timeline
 from megadit.planning.simulation import blank_condition, carries
 from megadit.planning.timing import members_per_node, seconds_of, seconds_of_collective, utilisation
 from megadit.planning.update import update_of
 from megadit.training.config import RunConfig, images_per_group, num_microbatches
 from megadit.training.step import SCALARS
-from megadit.zero.footprint import Footprint, LocalParameter, WholeState, ZeroState, state_of
+from megadit.zero.footprint import LocalParameter, WholeState, ZeroState, state_of
 
 SAMPLES = 800_000 * 4096  # of EC-DiT's training (arXiv 2410.02098)
 
@@ -169,7 +169,7 @@ class Planner:
     def state(self, config: RunConfig, layout: Layout) -> int:
         """Bytes of parameters, gradients and optimizer on the rank that has most of them: known in no time."""
         shares = _Shares(config, layout)
-        footprints = [shares.footprint(rank) for rank in range(layout.pp)]
+        footprints = [shares.engine(rank).footprint(turns=()) for rank in range(layout.pp)]
         return max(footprint.state + footprint.gradients for footprint in footprints)
 
     def _profiler(self, config: RunConfig, layout: Layout) -> Profiler:
@@ -265,9 +265,6 @@ class _Shares:
             _engines[key] = _Engine(state, len(stages))
         return _engines[key]
 
-    def footprint(self, rank: int, foreach: bool = True) -> Footprint:
-        return self.engine(rank).footprint(min(self.num_microbatches, 2), foreach)  # more of them need no more
-
 
 @dataclass(frozen=True)
 class _Planning(_Shares):
@@ -351,7 +348,8 @@ class _Planning(_Shares):
 
     def _rank(self, rank: int) -> RankPlan:
         indices = self.indices[rank]
-        engine, footprint = self.engine(rank), self.footprint(rank, foreach=self.gpu.cores == 0)
+        engine = self.engine(rank)
+        footprint = engine.footprint(backward_turns(self.orders[rank], indices), foreach=self.gpu.cores == 0)
         sent = engine.collectives(self.num_microbatches) + self._report()
         memory = Memory(
             weights=footprint.weights,

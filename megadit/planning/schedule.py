@@ -244,3 +244,21 @@ def in_flight(order: Sequence[Action]) -> list[dict[int, InFlight]]:
         elif kind == "W":
             kept[stage] = InFlight(whole, weights - 1)
     return during
+
+
+def backward_turns(order: Sequence[Action], stages: Sequence[int]) -> tuple[int, ...]:
+    """Which of a rank's `stages`, as indices, each backward pass ends for; a turn that nothing is new in is left out.
+
+    Something is new while the stages that have had a turn are not those of an earlier turn of the same stage.
+
+    >>> backward_turns(actions("interleaved", 0, 2, stages_per_rank=2, num_microbatches=4), stages=[0, 2])
+    (1, 1, 0, 0, 1)
+    """
+    turns: list[int] = []
+    found: set[tuple[int, frozenset[int]]] = set()
+    for kind, stage, _ in order:
+        turn = stages.index(stage), frozenset(turns)
+        if kind in "BW" and turn not in found:
+            found.add(turn)
+            turns.append(turn[0])
+    return tuple(turns)

@@ -161,8 +161,9 @@ class ZeroEngine:
         found = [(name, parameter) for name, parameter in self.named if parameter.grad is not None]
         self._arrived.update(name for name, _ in found)
         for _, parameter in found:
-            # DeepSpeed copies flat views; a schedule may leave a transposed gradient.
-            parameter.grad = parameter.grad.contiguous()  # type: ignore[union-attr]
+            # DeepSpeed copies flat views, and drops `grad.data`: a schedule may leave a transposed gradient, and one
+            # that is a view, whose base would keep the memory.
+            parameter.grad = parameter.grad.data.contiguous()  # type: ignore[union-attr]
         if self.optimizer.use_grad_accum_attribute:
             self.optimizer.fill_grad_accum_attribute()
         if self.optimizer.partition_gradients and found:

@@ -19,7 +19,7 @@ copy of what is sent at once, and the temporaries of AdamW.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -218,8 +218,8 @@ class WholeState:
         self.groups = flat_groups(parameters, layout, rank, weight_decay)
         self.partial = sum(parameter.numel for parameter in parameters if parameter.is_partial)
 
-    def footprint(self, microbatches: int, foreach: bool = True) -> Footprint:
-        """`foreach`: AdamW takes all tensors at once, as on a GPU."""
+    def footprint(self, turns: Iterable[int], foreach: bool = True) -> Footprint:
+        """`turns`: as in `ZeroState`; no matter here. `foreach`: AdamW takes all tensors at once, as on a GPU."""
         numel = sum(group.numel for group in self.groups)
         # A flat copy of what is summed, and the sum; or the sum, and its quotient.
         reduced = [group.numel for group in self.groups if self.layout.dp > 1] + [self.partial] * (self.layout.tp > 1)
@@ -375,9 +375,11 @@ class ZeroState:
         each = [call for chunk in range(len(self.chunks)) for call in self.after_microbatch(chunk)]
         return each * microbatches + self.at_the_end() + self.of_step()
 
-    def footprint(self, microbatches: int, foreach: bool = True) -> Footprint:
-        """`foreach`: AdamW takes all tensors at once, as on a GPU. Here that is one for each group, and it matters for
-        its temporaries alone.
+    def footprint(self, turns: Iterable[int], foreach: bool = True) -> Footprint:
+        """`turns`: which of the rank's stages each backward pass of a step is of, in their order.
+
+        `foreach`: AdamW takes all tensors at once, as on a GPU. Here that is one for each group, and it matters for its
+        temporaries alone.
         """
         parts = sum(FLOAT32 * group.part for group in self.groups)
         whole = sum(FLOAT32 * group.numel for group in self.groups)
@@ -387,33 +389,35 @@ class ZeroState:
             moments=2 * parts,
             ema=sum(FLOAT32 * group.filled for group in self.groups),
             gradients=whole if self.stage == 1 else parts,
-            accumulating=max(self._accumulating(names, microbatches) for names in self.chunks),
+            accumulating=self._accumulating(turns),
             reducing=self._reducing(parts, whole),
             updating=self._updating(parts, foreach),
         )
 
-    def _accumulating(self, names: set[str], microbatches: int) -> int:
-        """A stage's gradients of the last microbatch are taken. (Of the only one, and several stages: at most this.)"""
-        is_first = microbatches == 1
-        members = list(self.members(names))
-        arrived = sum(self.itemsize * self.numel(member) for member in members)
-        whole = FLOAT32 * sum(self.numel(member) for member in self.members())
-        of_stage = FLOAT32 * sum(self.numel(member) for member in members)
-        parts = sum(FLOAT32 * group.part for group in self.groups)
-        has_parts = self.stage == 2 and not (is_first and len(self.chunks) == 1)
-        level = _Level(arrived + parts * has_parts)
+    def _accumulating(self, turns: Iterable[int]) -> int:
+        most, arrived = 0, set[int]()
+        for chunk in turns:
+            most = max(most, self._taking(chunk, arrived))
+            arrived.add(chunk)
+        return most
+
+    def _taking(self, chunk: int, arrived: Set[int]) -> int:
+        """A stage's gradients of one microbatch are taken; of those in `arrived` some were before."""
+        members = list(self.members(self.chunks[chunk]))
+        level = _Level(sum(self.itemsize * self.numel(member) for member in members))
         if self.stage == 1:
-            if not self.has_accumulators:
-                return whole
-            level.add(whole - of_stage * is_first)
+            kept = arrived if self.has_accumulators else arrived - {chunk}  # else summed where they arrive
+            level.add(sum(FLOAT32 * self.numel(m) for other in kept for m in self.members(self.chunks[other])))
+        else:
+            level.add(sum(FLOAT32 * group.part for group in self.groups) * bool(arrived))
         if self.has_accumulators:
             for member in members:
                 level.add(FLOAT32 * self.numel(member))
-                if self.stage == 1 and not is_first:  # added to what is there
+                if self.stage == 1 and chunk in arrived:  # added to what is there
                     level.add(-FLOAT32 * self.numel(member))
                 level.add(-self.itemsize * self.numel(member))
         if self.stage == 2:
-            self._reduce(level, names, has_parts)
+            self._reduce(level, self.chunks[chunk], has_parts=bool(arrived))
         return level.most
 
     def _reducing(self, parts: int, whole: int) -> int:
