@@ -194,8 +194,9 @@ def timeline_chart(plan: Plan) -> Markup:
     scale = Scale(0, end, _margin(labels), WIDTH - 24)
     bottom = ROW * len(plan.ranks)
     marks = [*_axis(scale, "s", 0.0, bottom), *_row_labels(labels)]
-    draw = _spans if sum(map(len, plan.timeline.ranks)) <= MAX_HOVER else _paths
-    for place, (rank, spans) in enumerate(zip(plan.ranks, plan.timeline.ranks, strict=True)):
+    ran = plan.timeline.ranks
+    draw = _spans if sum(map(len, ran)) <= MAX_HOVER else _paths
+    for place, (rank, spans) in enumerate(zip(plan.ranks, ran, strict=True)):
         y = place * ROW + (ROW - BAR) / 2
         marks.append(
             tag("rect", x=scale(0), y=y, width=scale(plan.timeline.total) - scale(0), height=BAR, class_="idle")

@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, lru_cache, partial
 
 import torch
 
@@ -22,7 +22,7 @@ from megadit.planning.hardware import Gpu
 from megadit.planning.memory import Memory
 from megadit.planning.meter import Collective
 from megadit.planning.profile import Costs, Profiler
-from megadit.planning.schedule import Action, Timeline, backward_turns, in_flight, orders, timeline
+from megadit.planning.schedule import Kind, Program, Timeline
 from megadit.planning.simulation import blank_condition, carries
 from megadit.planning.timing import members_per_node, seconds_of, seconds_of_collective, utilisation
 from megadit.planning.update import update_of
@@ -131,11 +131,9 @@ class Plan:
         """What the seconds of a step are made of, on the busiest pipeline rank; the third is what it waits, for others
         of the pipeline or for a core.
         """
-        busy = self.timeline.busy
-        spans = self.timeline.ranks[busy.index(max(busy))]
-        kernels, collectives = (
-            sum(self.durations[span.action.stage, span.action.kind][i] for span in spans) for i in (0, 1)
-        )
+        program, busy = self.timeline.program, self.timeline.busy
+        order = program.orders[busy.index(max(busy))]
+        kernels, collectives = (sum(self.durations[stage, kind][i] for kind, stage, _ in order) for i in (0, 1))
         return {
             "kernels": kernels,
             "collectives of layers": collectives,
@@ -207,6 +205,7 @@ _engines: dict[object, _Engine] = {}  # layouts that differ in their microbatche
 
 
 _partition = cache(partition)
+_program = lru_cache(maxsize=4)(Program)  # a long one takes a second, and tens of MB
 
 
 @dataclass(frozen=True)
@@ -280,9 +279,9 @@ class _Planning(_Shares):
         return [self.profiler.stage(layers, splits) for layers in self.stages]
 
     @cached_property
-    def orders(self) -> list[list[Action]]:
+    def program(self) -> Program:
         parallel = self.config.parallel
-        return orders(parallel.schedule, parallel.pipeline, parallel.stages_on_rank, self.num_microbatches)
+        return _program(parallel.schedule, parallel.pipeline, parallel.stages_on_rank, self.num_microbatches)
 
     def plan(self) -> Plan:
         durations = {
@@ -290,11 +289,8 @@ class _Planning(_Shares):
             for stage, costs in enumerate(self.costs)
             for kind, phase in costs.phases.items()
         }
-        ran = timeline(
-            self.orders,
-            lambda action: sum(durations[action.stage, action.kind]),
-            lambda stage, following: self._transfer,
-            prefetch=self.config.parallel.schedule != "1f1b",
+        ran = self.program.timeline(
+            lambda kind, stage: sum(durations[stage, kind]), lambda sender, receiver: self._transfer
         )
         ranks = [self._rank(rank) for rank in range(self.layout.pp)]
         return Plan(self.config, self.layout, self.gpu, ranks, ran, durations, self.groups, self._carry)
@@ -349,7 +345,7 @@ class _Planning(_Shares):
     def _rank(self, rank: int) -> RankPlan:
         indices = self.indices[rank]
         engine = self.engine(rank)
-        footprint = engine.footprint(backward_turns(self.orders[rank], indices), foreach=self.gpu.cores == 0)
+        footprint = engine.footprint(self.program.turns[rank], foreach=self.gpu.cores == 0)
         sent = engine.collectives(self.num_microbatches) + self._report()
         memory = Memory(
             weights=footprint.weights,
@@ -373,32 +369,28 @@ class _Planning(_Shares):
 
     def _activations(self, rank: int) -> int:
         """The most during any action: what the others in flight keep, and what the running one needs."""
-        most, left = 0, 0
-        for action, kept in zip(self.orders[rank], in_flight(self.orders[rank]), strict=True):
-            others = 0
-            for stage, (whole, weights) in kept.items():
+        carry, most = sum(self._carry), 0
+        for moment in self.program.moments[rank]:
+            running, is_second = self.costs[moment.stage], _is_second_half(moment.kind, moment.stage)
+            there = running.phases[moment.kind].peak - running.saved - running.held * is_second
+            for stage, (whole, weights) in moment.kept.items():
                 costs = self.costs[stage]
-                mine = stage == action.stage
-                others += costs.saved * (whole - (mine and not self._is_second_half(action)))
-                others += (costs.saved + costs.held) * (weights - (mine and self._is_second_half(action)))
-            most = max(most, left + others + self.costs[action.stage].phases[action.kind].peak)
-            left += self._left_by(action, rank)
+                there += costs.saved * whole + (costs.saved + costs.held) * weights
+            left = sum(self._left_by(*pair, rank) * count for pair, count in moment.before.items())
+            most = max(most, there + carry * left)
         # Under 1f1b a gradient that was sent to the rank before stays until the next one is.
-        return most + (sum(self._carry) if rank > 0 and self.config.parallel.schedule == "1f1b" else 0)
+        return most + carry * (rank > 0 and self.config.parallel.schedule == "1f1b")
 
-    def _left_by(self, action: Action, rank: int) -> int:
-        """Bytes that stay to the end of the step once the backward pass of a stage has run for a microbatch.
+    def _left_by(self, kind: Kind, stage: int, rank: int) -> int:
+        """How many carries' bytes stay to the end of the step once a stage's backward pass has run for a microbatch.
 
         Between two stages of one rank: the carry and its gradient. Under zbv: each gradient that a stage hands back.
         """
-        stage, own = action.stage, self.indices[rank]
-        if action.kind == "F" or self._is_second_half(action) or (action.kind, stage) == ("I", 0):
+        own = self.indices[rank]
+        if kind == "F" or _is_second_half(kind, stage) or (kind, stage) == ("I", 0):
             return 0
         gradient = stage - 1 in own or (self.config.parallel.schedule == "zbv" and stage > 0)
-        return sum(self._carry) * (gradient + (stage + 1 in own))
-
-    def _is_second_half(self, action: Action) -> bool:
-        return action.kind == "W" and action.stage > 0
+        return gradient + (stage + 1 in own)
 
     def _batch(self) -> int:
         """Noisy images, targets, times and captions of all microbatches."""
@@ -446,3 +438,8 @@ class _Planning(_Shares):
         update = engine.update(self.num_microbatches, foreach=self.gpu.cores == 0)
         memory = update.nbytes / (self.gpu.memory_bandwidth * self.gpu.efficiency.memory)
         return memory + update.kernels * self.gpu.efficiency.launch_seconds
+
+
+def _is_second_half(kind: Kind, stage: int) -> bool:
+    """Whether this is the end of a backward pass in halves."""
+    return kind == "W" and stage > 0

@@ -209,7 +209,7 @@ def _memory(plan: Plan) -> Markup:
 
 
 def _timeline(plan: Plan) -> Markup:
-    kinds = {span.action.kind for spans in plan.timeline.ranks for span in spans} | {"update"}
+    kinds = {kind for kind, _ in plan.timeline.program.pairs} | {"update"}
     entries = [(f"fill-{kind}", told) for kind, told in ACTIONS.items() if kind in kinds] + [("idle", "waits")]
     notes = " Further stages of a rank are paler." if plan.config.parallel.stages_on_rank > 1 else ""
     if plan.gpu.cores:

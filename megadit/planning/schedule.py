@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+from megadit.parallel.pipeline.partition import stage_indices
 
 Kind = Literal["F", "B", "I", "W"]
 
@@ -126,21 +129,128 @@ class Span(NamedTuple):
     end: float
 
 
+class Step(NamedTuple):
+    """An action in the sequence of all ranks' actions.
+
+    pair: the place of its (kind, stage) in `Program.pairs`. needs: places in the sequence of what must have run before,
+    besides what the rank did last, each with the place in `Program.edges` of the transfer in between, or -1.
+    """
+
+    rank: int
+    pair: int
+    needs: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """What the ranks of a pipeline do in a training step, whatever it takes. Its arguments are those of `orders`."""
+
+    schedule: str
+    num_ranks: int
+    stages_per_rank: int
+    num_microbatches: int
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled without what follows from the four."""
+        return Program, (self.schedule, self.num_ranks, self.stages_per_rank, self.num_microbatches)
+
+    @cached_property
+    def orders(self) -> list[list[Action]]:
+        return orders(self.schedule, self.num_ranks, self.stages_per_rank, self.num_microbatches)
+
+    @cached_property
+    def stages(self) -> list[list[int]]:
+        """The stages of each rank."""
+        return [
+            stage_indices(self.schedule, rank, self.num_ranks, self.stages_per_rank) for rank in range(self.num_ranks)
+        ]
+
+    @cached_property
+    def pairs(self) -> list[tuple[Kind, int]]:
+        """Every (kind, stage) of an action."""
+        return list(dict.fromkeys(action[:2] for order in self.orders for action in order))
+
+    @cached_property
+    def edges(self) -> list[tuple[int, int]]:
+        """(sender, receiver): neighbouring stages of different ranks, both ways."""
+        pairs = [(stage, stage + 1) for stage in range(self.num_ranks * self.stages_per_rank - 1)]
+        across = [pair for pair in pairs if not any(set(pair) <= set(stages) for stages in self.stages)]
+        return across + [(receiver, sender) for sender, receiver in across]
+
+    @cached_property
+    def steps(self) -> list[Step]:
+        """All ranks' actions, each after everything that it needs."""
+        return in_sequence(self.orders, self.pairs, self.edges)
+
+    @cached_property
+    def moments(self) -> list[list[Moment]]:
+        """Of each rank: `moments` of its order."""
+        return [moments(order) for order in self.orders]
+
+    @cached_property
+    def turns(self) -> list[tuple[int, ...]]:
+        """Of each rank: `backward_turns` of its order."""
+        return [backward_turns(*pair) for pair in zip(self.orders, self.stages, strict=True)]
+
+    def timeline(self, duration: Callable[[Kind, int], float], transfer: Callable[[int, int], float]) -> Timeline:
+        """Every action as early as its rank and what it needs allow.
+
+        `duration(kind, stage)` and `transfer(sender, receiver)`, of stages, are in seconds; between stages of one rank
+        nothing is sent. Transfers do not slow one another down.
+        """
+        durations, transfers = [duration(*pair) for pair in self.pairs], [transfer(*edge) for edge in self.edges]
+        _, ends = self._play(durations, transfers)
+        counts = Counter((step.rank, step.pair) for step in self.steps)
+        busy = [0.0] * self.num_ranks
+        for (rank, pair), count in counts.items():
+            busy[rank] += count * durations[pair]
+        return Timeline(self, durations, transfers, max(ends), busy)
+
+    def _play(self, durations: Sequence[float], transfers: Sequence[float]) -> tuple[list[float], list[float]]:
+        """Start and end of each step.
+
+        Interleaved and zbv receive while they compute: torch posts their receives ahead. Under 1F1B it posts one when
+        the rank is free, and waits: the transfer starts when both ranks are there.
+        """
+        ahead = self.schedule != "1f1b"
+        free, starts, ends = [0.0] * self.num_ranks, list[float](), list[float]()
+        transfers = [*transfers, 0.0]  # the last one is where nothing is sent
+        for rank, pair, needs in self.steps:
+            start = free[rank]
+            for place, edge in needs:
+                if ahead:
+                    start = max(start, ends[place] + transfers[edge])
+                else:
+                    start = max(start, ends[place]) + transfers[edge]
+            free[rank] = start + durations[pair]
+            starts.append(start)
+            ends.append(free[rank])
+        return starts, ends
+
+
 @dataclass(frozen=True)
 class Timeline:
-    """What every rank of a pipeline does when."""
+    """What every rank of a pipeline does when.
 
-    ranks: list[list[Span]]
+    durations: seconds of `program.pairs`. transfers: seconds of `program.edges`. total: seconds until the last action
+    ends. busy: seconds that each rank computes.
+    """
+
+    program: Program
+    durations: list[float]
+    transfers: list[float]
+    total: float
+    busy: list[float]
 
     @property
-    def total(self) -> float:
-        """Seconds until the last action ends."""
-        return max(spans[-1].end for spans in self.ranks)
-
-    @property
-    def busy(self) -> list[float]:
-        """Seconds that each rank computes."""
-        return [sum(span.end - span.start for span in spans) for spans in self.ranks]
+    def ranks(self) -> list[list[Span]]:
+        """Of each rank: its actions, in their order."""
+        program, spans = self.program, [list[Span]() for _ in self.busy]
+        left = [iter(order) for order in program.orders]
+        times = zip(*program._play(self.durations, self.transfers), strict=True)
+        for step, (start, end) in zip(program.steps, times, strict=True):
+            spans[step.rank].append(Span(next(left[step.rank]), start, end))
+        return spans
 
     @property
     def bubble(self) -> float:
@@ -156,63 +266,45 @@ class Timeline:
         return 1 - sum(self.busy) / len(self.busy) / max(self.busy)
 
 
-def timeline(
-    orders: Sequence[Sequence[Action]],
-    duration: Callable[[Action], float],
-    transfer: Callable[[int, int], float],
-    prefetch: bool,
-) -> Timeline:
-    """Every action as early as its rank and what it needs allow.
+def in_sequence(
+    orders: Sequence[Sequence[Action]], pairs: Sequence[tuple[Kind, int]], edges: Sequence[tuple[int, int]]
+) -> list[Step]:
+    """All actions, each after its rank's last and after everything else that it needs.
 
-    `orders`: the actions of each rank. `duration(action)` and `transfer(stage, next stage)` are in seconds; between
-    stages of one rank nothing is sent. `prefetch`: whether a rank receives while it computes, as under interleaved and
-    zbv, for which torch posts receives ahead. Under 1F1B it posts one when the rank is free, and waits: the transfer
-    starts when both ranks are there. Transfers do not slow one another down.
-
-    Raises ValueError for orders that wait for one another forever.
+    `pairs` and `edges`: as in `Program`. Raises ValueError for orders that wait for one another forever.
     """
-    rank_of = {action.stage: rank for rank, order in enumerate(orders) for action in order}
-    ends: dict[tuple[str, int, int], float] = {}  # of (kind, stage, microbatch); an "I" is what a "B" is to others
-    ranks: list[list[Span]] = [[] for _ in orders]
-
-    def start_of(action: Action, free: float) -> float | None:
-        """When an action starts on a rank that is free; None while something that it needs has not run."""
-        start = free
-        for kind, stage in _needs(action, len(rank_of)):
-            end = ends.get((kind, stage, action.microbatch))
-            if end is None:
-                return None
-            if rank_of[stage] != rank_of[action.stage]:
-                seconds = transfer(stage, action.stage)
-                start = max(start, end + seconds) if prefetch else max(start, end) + seconds
-        return start
+    pair_at, edge_at = ({key: place for place, key in enumerate(keys)} for keys in (pairs, edges))
+    num_stages = 1 + max(stage for _, stage in pairs)
+    places: dict[tuple[str, int, int], int] = {}  # of (kind, stage, microbatch); an "I" is what a "B" is to others
+    steps: list[Step] = []
+    done = [0] * len(orders)
 
     def advance(rank: int) -> bool:
         """Runs all the actions that a rank can; False if that is none."""
-        spans, before = ranks[rank], len(ranks[rank])
-        for action in orders[rank][before:]:
-            start = start_of(action, spans[-1].end if spans else 0.0)
-            if start is None:
+        before = done[rank]
+        for kind, stage, microbatch in orders[rank][before:]:
+            needs = [(place, places.get((*place, microbatch))) for place in _needs(kind, stage, num_stages)]
+            if any(place is None for _, place in needs):
                 break
-            end = start + duration(action)
-            ends["B" if action.kind == "I" else action.kind, action.stage, action.microbatch] = end
-            spans.append(Span(action, start, end))
-        return len(spans) > before
+            places["B" if kind == "I" else kind, stage, microbatch] = len(steps)
+            found = tuple((place, edge_at.get((needed[1], stage), -1)) for needed, place in needs if place is not None)
+            steps.append(Step(rank, pair_at[kind, stage], found))
+            done[rank] += 1
+        return done[rank] > before
 
     while any([advance(rank) for rank in range(len(orders))]):  # a list: every rank, not up to the first that can
         pass
-    waiting = [str(order[len(spans)]) for order, spans in zip(orders, ranks, strict=True) if len(spans) < len(order)]
+    waiting = [str(order[ran]) for order, ran in zip(orders, done, strict=True) if ran < len(order)]
     if waiting:
         raise ValueError(f"these actions wait for one another: {', '.join(waiting)}")
-    return Timeline(ranks)
+    return steps
 
 
-def _needs(action: Action, num_stages: int) -> list[tuple[str, int]]:
+def _needs(kind: Kind, stage: int, num_stages: int) -> list[tuple[str, int]]:
     """(kind, stage) of what must have run before, for the same microbatch."""
-    stage = action.stage
-    if action.kind == "F":
+    if kind == "F":
         return [("F", stage - 1)] if stage > 0 else []
-    if action.kind == "W":
+    if kind == "W":
         return [("B", stage)]
     return [("F", stage), ("B", stage + 1)] if stage < num_stages - 1 else [("F", stage)]
 
@@ -244,6 +336,32 @@ def in_flight(order: Sequence[Action]) -> list[dict[int, InFlight]]:
         elif kind == "W":
             kept[stage] = InFlight(whole, weights - 1)
     return during
+
+
+class Moment(NamedTuple):
+    """While an action runs, it and the microbatches that the stages keep are what memory is needed for.
+
+    kept: as `in_flight` tells it. before: how many actions of each (kind, stage) have run on the rank.
+    """
+
+    kind: Kind
+    stage: int
+    kept: dict[int, InFlight]
+    before: Counter[tuple[Kind, int]]
+
+
+def moments(order: Sequence[Action]) -> list[Moment]:
+    """Every moment of a rank once; of those that differ only in what has run before, the last."""
+    last: dict[tuple[Any, ...], int] = {}
+    during = in_flight(order)
+    for place, (action, kept) in enumerate(zip(order, during, strict=True)):
+        last[action[:2], tuple(kept.values())] = place
+    found, before, wanted = [], Counter[tuple[Kind, int]](), set(last.values())
+    for place, (kind, stage, _) in enumerate(order):
+        if place in wanted:
+            found.append(Moment(kind, stage, during[place], before.copy()))
+        before[kind, stage] += 1
+    return found
 
 
 def backward_turns(order: Sequence[Action], stages: Sequence[int]) -> tuple[int, ...]:

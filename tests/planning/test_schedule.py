@@ -1,6 +1,8 @@
 """Pipeline schedules: torch's own step code is run to see its order and its waits; timelines agree with both."""
 
+import pickle
 import time
+from collections import Counter
 from unittest import mock
 
 import pytest
@@ -11,7 +13,7 @@ from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from megadit.parallel.pipeline.partition import stage_indices
 from megadit.parallel.pipeline.schedule import SCHEDULES
-from megadit.planning.schedule import Action, actions, in_flight, orders, timeline
+from megadit.planning.schedule import Action, Program, actions, in_flight, in_sequence, moments, orders
 
 SHAPES = [("1f1b", 1), ("interleaved", 1), ("interleaved", 2), ("interleaved", 3), ("zbv", 2)]
 
@@ -113,7 +115,7 @@ def play(programs, duration, transfer):
                 step = program[done[rank]]
                 if isinstance(step, Action):
                     starts[step] = clocks[rank]
-                    clocks[rank] += duration(step)
+                    clocks[rank] += duration(*step[:2])
                 elif step[0] == "post":
                     posted.update(dict.fromkeys(step[1], clocks[rank]))
                 elif all(other(message) in posted for message in step[1]):
@@ -154,9 +156,9 @@ def test_every_stage_does_everything_once(schedule, stages_per_rank):
 # --- timelines --------------------------------------------------------------------------------------------------------
 
 
-def equal(action):
+def equal(kind, stage):
     """Seconds if all stages cost the same and the backward pass, of two halves, twice the forward pass."""
-    return 2.0 if action.kind == "B" else 1.0
+    return 2.0 if kind == "B" else 1.0
 
 
 def at_once(sender, receiver):
@@ -170,7 +172,7 @@ def test_bubbles_of_the_papers(num_ranks, rounds, stages_per_rank):
     """(p - 1) / (v m + p - 1) of the time: arXiv 2104.04473, section 2.2, where it is of the ideal time instead."""
     microbatches = rounds * num_ranks
     schedule = "1f1b" if stages_per_rank == 1 else "interleaved"
-    line = timeline(orders(schedule, num_ranks, stages_per_rank, microbatches), equal, at_once, prefetch=True)
+    line = Program(schedule, num_ranks, stages_per_rank, microbatches).timeline(equal, at_once)
     waits = num_ranks - 1
     assert line.bubble == pytest.approx(waits / (stages_per_rank * microbatches + waits), abs=1e-12)
     assert line.imbalance == pytest.approx(0, abs=1e-12)
@@ -180,7 +182,7 @@ def test_bubbles_of_the_papers(num_ranks, rounds, stages_per_rank):
 def test_zbv_has_no_bubble_but_for_its_staggered_start(num_ranks):
     """With equal F, I and W no rank waits once it has begun (arXiv 2401.10241, section 6); rank r begins at r."""
     microbatches = 2 * num_ranks
-    line = timeline(orders("zbv", num_ranks, 2, microbatches), equal, at_once, prefetch=True)
+    line = Program("zbv", num_ranks, 2, microbatches).timeline(equal, at_once)
     for rank, spans in enumerate(line.ranks):
         assert spans[0].start == rank
         assert spans[-1].end - spans[0].start == 6 * microbatches
@@ -196,7 +198,7 @@ def random_times(random, num_stages):
     """Durations by kind and stage; transfers by the pair of stages, whichever of them sends."""
     seconds = {(kind, stage): random.uniform(0.2, 2) for kind in "FBIW" for stage in range(num_stages)}
     sent = [random.uniform(0, 1) for _ in range(num_stages)]
-    return lambda action: seconds[action[:2]], lambda sender, receiver: sent[min(sender, receiver)]
+    return lambda kind, stage: seconds[kind, stage], lambda sender, receiver: sent[min(sender, receiver)]
 
 
 @settings(deadline=None)
@@ -205,7 +207,7 @@ def test_1f1b_takes_as_long_as_torch_would_wait(case):
     (_, _), num_ranks, rounds, random = case
     duration, transfer = random_times(random, num_ranks)
     total, _ = play(torch_programs("1f1b", num_ranks, 1, num_ranks * rounds), duration, transfer)
-    line = timeline(orders("1f1b", num_ranks, 1, num_ranks * rounds), duration, transfer, prefetch=False)
+    line = Program("1f1b", num_ranks, 1, num_ranks * rounds).timeline(duration, transfer)
     assert line.total == pytest.approx(total, rel=1e-12)
 
 
@@ -219,7 +221,7 @@ def test_prefetching_schedules_take_as_long_as_torch_would_wait(schedule, stages
             return seconds
 
         total, starts = play(torch_programs(*shape), equal, transfer)
-        line = timeline(orders(*shape), equal, transfer, prefetch=True)
+        line = Program(*shape).timeline(equal, transfer)
         assert line.total == pytest.approx(total, rel=1e-12)
         if not seconds:
             assert {span.action: span.start for spans in line.ranks for span in spans} == starts
@@ -243,9 +245,9 @@ def settled(ordered, duration, transfer):
     starts = dict.fromkeys(all_actions, 0.0)
     for _ in range(len(all_actions) + 1):
         late = [
-            (after, starts[before] + duration(before) + delay)
+            (after, starts[before] + duration(*before[:2]) + delay)
             for before, after, delay in constraints
-            if starts[before] + duration(before) + delay > starts[after]
+            if starts[before] + duration(*before[:2]) + delay > starts[after]
         ]
         if not late:
             return starts
@@ -258,30 +260,34 @@ def settled(ordered, duration, transfer):
 @given(shapes)
 def test_every_action_starts_as_early_as_its_constraints_allow(case):
     (schedule, stages_per_rank), num_ranks, rounds, random = case
-    ordered = orders(schedule, num_ranks, stages_per_rank, num_ranks * rounds)
+    program = Program(schedule, num_ranks, stages_per_rank, num_ranks * rounds)
     duration, transfer = random_times(random, num_ranks * stages_per_rank)
-    line = timeline(ordered, duration, transfer, prefetch=True)
+    if schedule == "1f1b":
+        transfer = at_once  # else it starts late, as torch does
+    line, ordered = program.timeline(duration, transfer), program.orders
     starts = settled(ordered, duration, transfer)
     assert [[span.action for span in spans] for spans in line.ranks] == ordered
     for spans in line.ranks:
         for action, start, end in spans:
             assert start == pytest.approx(starts[action], rel=1e-12)
-            assert end == start + duration(action)
+            assert end == start + duration(*action[:2])
     busiest, mean = max(line.busy), sum(line.busy) / num_ranks
     assert line.bubble == pytest.approx(1 - busiest / line.total)
     assert (1 - line.bubble) * (1 - line.imbalance) == pytest.approx(mean / line.total)
 
 
 def test_an_uneven_stage_is_imbalance_and_no_bubble():
-    line = timeline(orders("1f1b", 2, 1, 1000), lambda action: 1.0 + action.stage, at_once, prefetch=False)
+    line = Program("1f1b", 2, 1, 1000).timeline(lambda kind, stage: 1.0 + stage, at_once)
     assert line.imbalance == pytest.approx(0.25)  # the mean rank does 3/4 of what the busiest does
     assert line.bubble == pytest.approx(0, abs=1e-3)
 
 
 def test_orders_that_wait_for_one_another_are_refused():
-    first, second = orders("1f1b", 2, 1, 2)
+    program = Program("1f1b", 2, 1, 2)
+    first, second = program.orders
+    wrong = [[first[0], *first[2:], first[1]], [second[0], *second[2:], second[1]]]
     with pytest.raises(ValueError, match=r"these actions wait for one another: 0B0, 1F1"):
-        timeline([[first[0], *first[2:], first[1]], [second[0], *second[2:], second[1]]], equal, at_once, prefetch=True)
+        in_sequence(wrong, program.pairs, program.edges)
 
 
 def test_a_timeline_is_fast_enough_to_search_with():
@@ -289,7 +295,7 @@ def test_a_timeline_is_fast_enough_to_search_with():
     for schedule in ("interleaved", "zbv"):
         for _ in range(3):
             begin = time.process_time()
-            timeline(orders(schedule, 8, 2, 64), equal, lambda sender, receiver: 0.1, prefetch=True)
+            Program(schedule, 8, 2, 64).timeline(equal, lambda sender, receiver: 0.1)
             seconds.append(time.process_time() - begin)
     assert min(seconds) < 0.05
 
@@ -337,3 +343,25 @@ def test_nothing_is_kept_after_the_last_action(schedule, stages_per_rank):
         left = {stage: tuple(kept) for stage, kept in in_flight(order)[-1].items()}
         own = (0, 1) if last.kind == "W" and last.stage > 0 else (1, 0)
         assert left == {stage: own if stage == last.stage else (0, 0) for stage in left}
+
+
+@pytest.mark.parametrize(("schedule", "stages_per_rank"), SHAPES)
+def test_moments_are_all_that_differ_in_what_is_kept(schedule, stages_per_rank):
+    for order in orders(schedule, 4, stages_per_rank, 12):
+        during = in_flight(order)
+        found = moments(order)
+        told = [(moment.kind, moment.stage, moment.kept) for moment in found]
+        everything = [(action.kind, action.stage, kept) for action, kept in zip(order, during, strict=True)]
+        assert all(each in told for each in everything)
+        assert all(told.count(each) == 1 for each in told)
+        for moment in found:
+            last = max(place for place, each in enumerate(everything) if each == moment[:3])
+            assert moment.before == Counter(action[:2] for action in order[:last])
+        assert len(found) < len(order)
+
+
+def test_a_timeline_is_pickled_without_its_actions():
+    line = Program("zbv", 8, 2, 256).timeline(equal, at_once)
+    pickled = pickle.dumps(line)
+    assert len(pickled) < 2000
+    assert pickle.loads(pickled).ranks == line.ranks

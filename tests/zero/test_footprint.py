@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from megadit.model.weights import decays
 from megadit.parallel.grid import Grid, Layout
-from megadit.parallel.pipeline.partition import stage_indices
 from megadit.parallel.placement import Cut, Placement, placed
-from megadit.planning.schedule import actions, backward_turns
+from megadit.planning.schedule import Program
 from megadit.planning.simulation import fake_world
 from megadit.zero import OptimConfig, ReferenceEngine, engine
 from megadit.zero.footprint import WholeState, ZeroState, local_parameters, state_of
@@ -129,8 +128,7 @@ def reckoned(run, bucket):
     calls = [each * count, state.at_the_end(), state.of_step()]
     assert state.collectives(count) == sum(calls, [])
     parallel, pp = config.parallel, grid["pp"]
-    order = actions(parallel.schedule, pp.rank, pp.size, len(run.stages), count)
-    turns = backward_turns(order, stage_indices(parallel.schedule, pp.rank, pp.size, len(run.stages)))
+    turns = Program(parallel.schedule, pp.size, len(run.stages), count).turns[pp.rank]
     return vars(state.footprint(turns, foreach=False)) | {"flat copies": flat_copies(state, count)}, calls
 
 
