@@ -252,11 +252,16 @@ class _Shares:
             for weight in weights_of(self.model, self.config.text, layers)
         ]
 
+    @cached_property
+    def _network(self) -> str:
+        """Tells networks apart."""
+        return f"{self.model!r} {self.config.text!r}"
+
     def engine(self, rank: int) -> _Engine:
         stages = tuple(self.stages[index] for index in self.indices[rank])
         config = self.config
         numbers = config.zero, config.run.dtype, config.optim.weight_decay, config.parallel.sequence
-        key = self.layout, stages, rank, *numbers, repr(self.model), repr(config.text)
+        key = self.layout, stages, rank, *numbers, self._network
         if key not in _engines:
             first = int(self.layout.ranks[rank].flatten()[0])
             parameters, decay = self._parameters(stages), config.optim.weight_decay

@@ -62,6 +62,11 @@ class Costs:
     saved: int
     held: int
 
+    def in_second_half(self) -> Costs:
+        """As a schedule that splits backward passes takes stage 0: nothing came into it, so "W" is the whole of it."""
+        phases = {"F": self.phases["F"], "I": Phase(peak=self.saved), "W": self.phases["B"]}
+        return Costs(phases, self.saved, self.held)
+
     def plus(self, times: int, more: Costs, less: Costs) -> Costs:
         """These costs and `times` the difference of two others."""
         saved, held = more.saved - less.saved, more.held - less.held
@@ -99,34 +104,30 @@ class Profiler:
     def stage(self, layers: Sequence[int], splits: bool) -> Costs:
         """Costs of the stage that holds these layers; `splits`: its backward pass comes in halves."""
         first, last = layers[0] == 0, layers[-1] == self.model.layers - 1
+        if first and splits:
+            return self.stage(layers, splits=False).in_second_half()
         kinds = [kind_of(self.model, layer) for layer in layers]
         once = tuple(dict.fromkeys(kinds))
         costs = self._measure(once, first, last, splits)
         for kind, count in Counter(kinds).items():
-            if count > 1:
-                costs = costs.plus(count - 1, *self._second(kind, once, first and splits, splits))
-        peaks = {
-            name: max(self._peak(name, kind, kinds, first, last) for kind in once)
-            for name in costs.phases.keys() & {"F", "B"}
-        }
-        phases = {name: replace(phase, peak=peaks.get(name, phase.peak)) for name, phase in costs.phases.items()}
-        return replace(costs, phases=phases)
-
-    def _second(self, kind: Kind, once: tuple[Kind, ...], first: bool, splits: bool) -> tuple[Costs, Costs]:
-        """Costs with a second block of the kind, and without."""
-        twice = tuple(k for other in once for k in (other,) * (1 + (other == kind)))
-        return self._measure(twice, first, False, splits), self._measure(once, first, False, splits)
+            more, less = self._measure((kind, kind), False, False, splits), self._measure((kind,), False, False, splits)
+            costs = costs.plus(count - 1, more, less)
+        if splits:
+            return costs
+        peaks = {name: max(self._peak(name, kind, kinds, first, last) for kind in once) for name in costs.phases}
+        return replace(costs, phases={name: replace(costs.phases[name], peak=peak) for name, peak in peaks.items()})
 
     def _peak(self, name: str, kind: Kind, kinds: list[Kind], first: bool, last: bool) -> int:
         """Most bytes alive in the last block of a kind: there, all that comes before it has saved what it saves."""
-        once = tuple(dict.fromkeys(kinds))
         peak = self._measure((kind,), False, last, False).phases[name].peak
         if first:
-            peak += self._measure(once, True, False, False).saved - self._measure(once, False, False, False).saved
+            peak += self._saved((kind,), True) - self._saved((kind,), False)
         for other, count in Counter(kinds[: len(kinds) - 1 - kinds[::-1].index(kind)]).items():
-            more, less = self._second(other, once, False, False)
-            peak += count * (more.saved - less.saved)
+            peak += count * (self._saved((other, other)) - self._saved((other,)))
         return peak
+
+    def _saved(self, kinds: tuple[Kind, ...], first: bool = False) -> int:
+        return self._measure(kinds, first, False, False).saved
 
     def _measure(self, kinds: tuple[Kind, ...], first: bool, last: bool, splits: bool) -> Costs:
         key = (kinds, first, last, splits)
@@ -178,7 +179,7 @@ class Profiler:
             grads = None if last else [torch.empty_like(part) for part in outputs]
             meter.claim("inputs", grads or [])
             phases, held = {"F": forward}, 0
-            if splits and not first:
+            if splits:
                 dinputs, groups = stage_backward_input(outputs, grads, list(carry), iter(parameters))
                 phases["I"] = before.phase()
                 del dinputs
@@ -193,10 +194,7 @@ class Profiler:
                 torch.autograd.backward(
                     [outputs[i] for i in wanted], None if grads is None else [grads[i] for i in wanted]
                 )
-                name = "W" if splits else "B"
-                phases[name] = before.phase()
-                if splits:
-                    phases["I"] = Phase(peak=saved)
+                phases["B"] = before.phase()
         return Costs(phases, saved, held)
 
     def _loss(self, outputs: list[Tensor], target: Tensor) -> Tensor:

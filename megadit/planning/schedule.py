@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -273,24 +273,35 @@ def in_sequence(
 
     `pairs` and `edges`: as in `Program`. Raises ValueError for orders that wait for one another forever.
     """
-    pair_at, edge_at = ({key: place for place, key in enumerate(keys)} for keys in (pairs, edges))
+    edge_at = {edge: place for place, edge in enumerate(edges)}
     num_stages = 1 + max(stage for _, stage in pairs)
-    places: dict[tuple[str, int, int], int] = {}  # of (kind, stage, microbatch); an "I" is what a "B" is to others
+    # Of (kind, stage): where each microbatch's is in the sequence. An "I" is what a "B" is to others.
+    places = defaultdict[tuple[str, int], dict[int, int]](dict)
+    told = {
+        (kind, stage): (
+            place,
+            places["B" if kind == "I" else kind, stage],
+            [(places[needed], edge_at.get((needed[1], stage), -1)) for needed in _needs(kind, stage, num_stages)],
+        )
+        for place, (kind, stage) in enumerate(pairs)
+    }
     steps: list[Step] = []
     done = [0] * len(orders)
 
     def advance(rank: int) -> bool:
         """Runs all the actions that a rank can; False if that is none."""
-        before = done[rank]
-        for kind, stage, microbatch in orders[rank][before:]:
-            needs = [(place, places.get((*place, microbatch))) for place in _needs(kind, stage, num_stages)]
-            if any(place is None for _, place in needs):
-                break
-            places["B" if kind == "I" else kind, stage, microbatch] = len(steps)
-            found = tuple((place, edge_at.get((needed[1], stage), -1)) for needed, place in needs if place is not None)
-            steps.append(Step(rank, pair_at[kind, stage], found))
+        order, before = orders[rank], done[rank]
+        for at in range(before, len(order)):
+            kind, stage, microbatch = order[at]
+            pair, own, needs = told[kind, stage]
+            try:
+                step = Step(rank, pair, tuple([(there[microbatch], edge) for there, edge in needs]))
+            except KeyError:  # has not run yet
+                return at > before
+            own[microbatch] = len(steps)
+            steps.append(step)
             done[rank] += 1
-        return done[rank] > before
+        return len(order) > before
 
     while any([advance(rank) for rank in range(len(orders))]):  # a list: every rank, not up to the first that can
         pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -97,7 +98,9 @@ def search(
     """
     found: list[Candidate] = []
     done = 0
-    with ProcessPoolExecutor(processes or len(os.sched_getaffinity(0)), mp_context=get_context("fork")) as pool:
+    # Without gc: it would look through the long orders of schedules again and again, for a third of the time.
+    context, processes = get_context("fork"), processes or len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=gc.disable) as pool:
         wanted = candidates(config, world_size, gpu)
         while wanted:
             # Those that share what is measured of a layer go to the same process.
@@ -112,14 +115,21 @@ def search(
             short = [candidate.config for candidate in tried if candidate.plan is not None and candidate.reason]
             wanted = [more for more in map(with_more_recomputed, short) if more is not None]
         found.sort(key=_order)
-        best = [candidate.config for candidate in found[:EXACT] if not candidate.reason]
-        jobs = [pool.submit(evaluate, [each], world_size, gpu, spare, False) for each in best]
+        best = sorted((candidate.config for candidate in found[:EXACT] if not candidate.reason), key=_alike)
+        batches = [list(batch) for _, batch in groupby(best, key=_alike)]
+        jobs = [pool.submit(evaluate, batch, world_size, gpu, spare, False) for batch in batches]
         again = [candidate for job in jobs for candidate in job.result()]
     return sorted(again, key=_order) + found[len(best) :]
 
 
 def _shared(config: RunConfig) -> tuple[int, bool, int, str]:
+    """Layouts with the same cost a layer the same, if experts are spread as widely as they can be."""
     return config.parallel.tensor, config.parallel.expert > 1, config.data.micro_batch, config.run.recompute
+
+
+def _alike(config: RunConfig) -> tuple[object, ...]:
+    """Layouts with the same cost a layer the same."""
+    return config.parallel.expert, *_shared(config)
 
 
 def _order(candidate: Candidate) -> tuple[bool, float]:
