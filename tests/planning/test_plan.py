@@ -101,7 +101,7 @@ def random_overrides(seed: int) -> tuple[int, tuple[str, ...]]:
         return layout.world_size, overrides
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", [pytest.param(s, marks=[pytest.mark.drill] if s >= 10 else []) for s in range(30)])
 def test_a_random_layout_is_dry_run_as_planned(seed):
     world_size, overrides = random_overrides(seed)
     config = load_config(PARITY, overrides)
