@@ -143,7 +143,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """What the ranks of a pipeline do in a training step, whatever it takes. Its arguments are those of `orders`."""
+    """What the ranks of a pipeline do in a training step, however long that takes. Arguments as of `orders`."""
 
     schedule: str
     num_ranks: int
@@ -199,14 +199,14 @@ class Program:
         nothing is sent. Transfers do not slow one another down.
         """
         durations, transfers = [duration(*pair) for pair in self.pairs], [transfer(*edge) for edge in self.edges]
-        _, ends = self._play(durations, transfers)
+        _, ends = self.play(durations, transfers)
         counts = Counter((step.rank, step.pair) for step in self.steps)
         busy = [0.0] * self.num_ranks
         for (rank, pair), count in counts.items():
             busy[rank] += count * durations[pair]
         return Timeline(self, durations, transfers, max(ends), busy)
 
-    def _play(self, durations: Sequence[float], transfers: Sequence[float]) -> tuple[list[float], list[float]]:
+    def play(self, durations: Sequence[float], transfers: Sequence[float]) -> tuple[list[float], list[float]]:
         """Start and end of each step.
 
         Interleaved and zbv receive while they compute: torch posts their receives ahead. Under 1F1B it posts one when
@@ -247,7 +247,7 @@ class Timeline:
         """Of each rank: its actions, in their order."""
         program, spans = self.program, [list[Span]() for _ in self.busy]
         left = [iter(order) for order in program.orders]
-        times = zip(*program._play(self.durations, self.transfers), strict=True)
+        times = zip(*program.play(self.durations, self.transfers), strict=True)
         for step, (start, end) in zip(program.steps, times, strict=True):
             spans[step.rank].append(Span(next(left[step.rank]), start, end))
         return spans
