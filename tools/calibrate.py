@@ -517,11 +517,12 @@ def run(args: argparse.Namespace) -> int:
     fitted = runnable(MEASURED, device) if args.out else []
     judged = runnable(JUDGED, device) if args.judge is not None else []
     start = describe(run_benchmarks(most_processes(device)), device) if args.out else None
-    found = measure([*fitted, *judged], device, args.steps, args.rounds)
+    found = {one.case: one for one in measure([*fitted, *judged], device, args.steps, args.rounds)}
     everything: dict[str, Any] = {"machine": machine(device)}
     if start is not None:
-        made = calibrated(start, found[: len(fitted)], device)
-        verdict = judge(made, found[: len(fitted)], device)
+        seen = [found[case] for case in fitted]
+        made = calibrated(start, seen, device)
+        verdict = judge(made, seen, device)
         args.out.write_text(header(everything["machine"], verdict) + made.to_yaml())
         print("\n".join((*verdict.lines(), f"these gave {args.out}")))
         everything |= {"benchmarks": asdict(start), "calibrated": verdict.to_dict()}
@@ -529,7 +530,7 @@ def run(args: argparse.Namespace) -> int:
     status = 0
     if judged:
         assert gpu is not None
-        verdict = judge(gpu, found[len(fitted) :], device)
+        verdict = judge(gpu, [found[case] for case in judged], device)
         print("\n".join((*verdict.lines(), verdict.summary())))
         everything["judged"] = verdict.to_dict()
         status = 0 if verdict.holds else MISSED
