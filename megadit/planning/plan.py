@@ -132,8 +132,9 @@ class Plan:
         of the pipeline or for a core.
         """
         program, busy = self.timeline.program, self.timeline.busy
-        order = program.orders[busy.index(max(busy))]
-        kernels, collectives = (sum(self.durations[stage, kind][i] for kind, stage, _ in order) for i in (0, 1))
+        stages = program.stages[busy.index(max(busy))]
+        taken = [seconds for (stage, _), seconds in self.durations.items() if stage in stages]
+        kernels, collectives = (self.num_microbatches * sum(parts) for parts in zip(*taken, strict=True))
         return {
             "kernels": kernels,
             "collectives of layers": collectives,

@@ -110,8 +110,9 @@ class Profiler:
         once = tuple(dict.fromkeys(kinds))
         costs = self._measure(once, first, last, splits)
         for kind, count in Counter(kinds).items():
-            more, less = self._measure((kind, kind), False, False, splits), self._measure((kind,), False, False, splits)
-            costs = costs.plus(count - 1, more, less)
+            if count > 1:
+                twice, alone = (self._measure(blocks, False, False, splits) for blocks in ((kind, kind), (kind,)))
+                costs = costs.plus(count - 1, twice, alone)
         if splits:
             return costs
         peaks = {name: max(self._peak(name, kind, kinds, first, last) for kind in once) for name in costs.phases}

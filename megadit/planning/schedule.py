@@ -168,7 +168,8 @@ class Program:
     @cached_property
     def pairs(self) -> list[tuple[Kind, int]]:
         """Every (kind, stage) of an action."""
-        return list(dict.fromkeys(action[:2] for order in self.orders for action in order))
+        kinds: tuple[Kind, ...] = ("F", "I", "W") if self.schedule == "zbv" else ("F", "B")
+        return [(kind, stage) for stages in self.stages for stage in stages for kind in kinds]
 
     @cached_property
     def edges(self) -> list[tuple[int, int]]:
@@ -200,10 +201,11 @@ class Program:
         """
         durations, transfers = [duration(*pair) for pair in self.pairs], [transfer(*edge) for edge in self.edges]
         _, ends = self.play(durations, transfers)
-        counts = Counter((step.rank, step.pair) for step in self.steps)
-        busy = [0.0] * self.num_ranks
-        for (rank, pair), count in counts.items():
-            busy[rank] += count * durations[pair]
+        seconds = dict(zip(self.pairs, durations, strict=True))  # each once for every microbatch
+        busy = [
+            self.num_microbatches * sum(taken for (_, stage), taken in seconds.items() if stage in stages)
+            for stages in self.stages
+        ]
         return Timeline(self, durations, transfers, max(ends), busy)
 
     def play(self, durations: Sequence[float], transfers: Sequence[float]) -> tuple[list[float], list[float]]:

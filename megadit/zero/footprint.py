@@ -141,17 +141,18 @@ class FlatGroup:
 
     def ranges(self, index: int) -> list[Range]:
         """How a parameter is cut over the ranks."""
-        begin, end, found = self.starts[index], self.starts[index] + self.parameters[index].numel, []
-        for owner in range(begin // self.part, -(-end // self.part)):
-            first, last = max(begin, owner * self.part), min(end, (owner + 1) * self.part)
-            found.append(Range(owner, first - begin, first - owner * self.part, last - first))
-        return found
+        begin, end = self.starts[index], self.starts[index] + self.parameters[index].numel
+        found = (self._range(index, owner) for owner in range(begin // self.part, -(-end // self.part)))
+        return [part for part in found if part is not None]
 
     def own(self, index: int) -> Range | None:
         """This rank's range of a parameter."""
-        begin, offset = self.starts[index], self.rank * self.part
+        return self._range(index, self.rank)
+
+    def _range(self, index: int, owner: int) -> Range | None:
+        begin, offset = self.starts[index], owner * self.part
         first, last = max(begin, offset), min(begin + self.parameters[index].numel, offset + self.part)
-        return Range(self.rank, first - begin, first - offset, last - first) if first < last else None
+        return Range(owner, first - begin, first - offset, last - first) if first < last else None
 
     @property
     def filled(self) -> int:
