@@ -1,0 +1,55 @@
+"""A file of JSON lines that survives kills and full disks: metrics.jsonl, events.jsonl."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger("megadit")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file. A last line that a kill cut short is left out."""
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class LineFile:
+    """Appends lines, each whole or not at all; what a full disk does not take waits for the next one."""
+
+    def __init__(self, path: Path, keep: Callable[[Mapping[str, Any]], bool] | None = None) -> None:
+        """Of the lines that are there, those stay that `keep` wants (default: all). Raises OSError."""
+        kept = read_lines(path) if path.exists() else []
+        replacement = path.with_name(path.name + ".partial")
+        replacement.write_text("".join(json.dumps(line) + "\n" for line in kept if keep is None or keep(line)))
+        os.replace(replacement, path)
+        self._file = path.open("ab", buffering=0)
+        self._unwritten = b""  # what found no room
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """One line; floats are printed with all their digits."""
+        self._write(json.dumps(line).encode() + b"\n")
+
+    def _write(self, content: bytes) -> None:
+        waited = bool(self._unwritten)
+        self._unwritten += content
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not waited:
+                logger.error("%s: %s; its lines wait for room", self._file.name, error)
+
+    def close(self) -> None:
+        """A last attempt at what waits, then close."""
+        self._write(b"")
+        self._file.close()
