@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.launch.environment import environ
 from tests.ranks import free_port
 
-PROGRAMS = {"slurm-wlm": ["slurmctld", "slurmd", "sbatch"], "munge": ["munged"]}
+PROGRAMS = {"slurm-wlm": ["slurmctld", "slurmd", "sbatch"], "munge": ["munged"], "util-linux": ["setpriv"]}
 START_LIMIT = 30  # seconds
 # Addresses of the loopback network as names: ranks find their first node by its name.
 NODES = ("127.0.0.1", "127.0.0.2")
@@ -45,7 +45,7 @@ JobRequeue=1
 KillWait={kill_wait}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-SchedulerParameters=bf_interval=1,sched_interval=1
+SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime={kill_wait}
 PartitionName=low-without-grace Nodes=ALL PriorityTier=1
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
@@ -88,8 +88,9 @@ class Cluster:
     def _daemon(self, *command: str) -> None:
         with open(self.folder / f"{command[0]}-{len(self.daemons)}.out", "w") as output:
             process = subprocess.Popen(
-                command, env=self.environ(), stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True
-            )
+                ["setpriv", "--pdeathsig", "TERM", *command],  # whatever becomes of the test
+                env=self.environ(), stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
         self.daemons.append(process)
 
     def _await(self, what: str, ready) -> None:
@@ -112,6 +113,13 @@ class Cluster:
     def submit(self, *arguments: str, **variables: object) -> "Job":
         number = self.run("sbatch", "--parsable", f"--output={self.folder}/%j.out", *arguments, **variables).strip()
         return Job(self, number)
+
+    def wait_for_all(self, limit: float = 120) -> None:
+        """Until no job is left in the queue."""
+        deadline = time.monotonic() + limit
+        while jobs := self.run("squeue", "--noheader"):
+            assert time.monotonic() < deadline, jobs
+            time.sleep(0.2)
 
     def stop(self) -> None:
         """End jobs and daemons, and whatever still has this cluster in its environment."""
