@@ -8,7 +8,7 @@ import pytest
 from megadit.training.metrics import METRICS_FILE, read_metrics
 from tests.launch.environment import environ
 
-STEPS = 40
+STEPS = 30
 
 
 class Training:

@@ -5,6 +5,7 @@ the test, however that ends. Nothing of it is seen or left outside.
 """
 
 import os
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ from pathlib import Path
 from tests.launch.environment import environ, lack
 
 PROGRAMS = {"iproute2": ["ip"], "util-linux": ["unshare", "nsenter"]}
-# /run, /etc/ssh and the home folder's .ssh are a host's own: sshd and ssh find what the test puts there.
+SSH_PROGRAMS = {"openssh-server": ["sshd"], "openssh-client": ["ssh", "ssh-keygen"], "pdsh": ["pdsh"]}
+# /run and /etc/ssh are a host's own: sshd and ssh find what the test puts there.
 FIRST = """
 set -e
 hostname "$1"
@@ -96,3 +98,20 @@ class Network:
     def stop(self) -> None:
         for host in self.hosts:
             host.stop()
+
+
+def start_ssh(hosts: Sequence[Host], folder: Path) -> None:
+    """An sshd on each host, and a key that lets root of one into the other. `folder` is their /etc/ssh."""
+    for key in ("host_key", "key"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key], check=True)
+    (folder / "authorized").write_text((folder / "key.pub").read_text())
+    (folder / "ssh_config").write_text(
+        "Host alpha beta\n  IdentityFile /etc/ssh/key\n  IdentitiesOnly yes\n  BatchMode yes\n"
+        "  StrictHostKeyChecking no\n  UserKnownHostsFile /dev/null\n  LogLevel ERROR\n"
+    )
+    (folder / "sshd_config").write_text(
+        "HostKey /etc/ssh/host_key\nAuthorizedKeysFile /etc/ssh/authorized\nStrictModes no\nUsePAM no\n"
+        "PermitRootLogin prohibit-password\nPasswordAuthentication no\n"
+    )
+    for host in hosts:
+        host.run(shutil.which("sshd"))  # goes into the background, and ends with the host

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from tests.launch.environment import need_programs
-from tests.launch.hosts import PROGRAMS, Network
+from tests.launch.hosts import PROGRAMS, SSH_PROGRAMS, Network, start_ssh
 
 LIMIT = 150  # seconds
 
@@ -47,6 +47,7 @@ def test_torchrun_on_two_hosts(hosts, training, tmp_path):
     assert training.curve(tmp_path / "run") == training.expected
 
 
+@pytest.mark.drill
 def test_elastic_goes_on_without_a_host(hosts, training, tmp_path):
     """All processes of a host are killed. The other one goes on from the last checkpoint, with half the ranks."""
     arguments = [*training.arguments, f"run.dir={tmp_path}/run", "checkpoint.every=5"]
@@ -66,3 +67,19 @@ def test_elastic_goes_on_without_a_host(hosts, training, tmp_path):
     curve = training.curve(tmp_path / "run")
     assert curve != training.expected, "bitwise equal: did all ranks go on?"
     assert curve == [pytest.approx(pair, rel=1e-9, abs=0) for pair in training.expected]
+
+
+@pytest.mark.drill
+def test_deepspeed_on_two_hosts(hosts, training, tmp_path):
+    """The launcher reaches the hosts of a hostfile with pdsh over ssh, and takes its environment along."""
+    need_programs(SSH_PROGRAMS)
+    start_ssh(hosts, tmp_path / "ssh")
+    (tmp_path / "hostfile").write_text("alpha slots=2\nbeta slots=2\n")
+    (tmp_path / "exported").write_text("DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\nGLOO_SOCKET_IFNAME=eth0\n")
+    variables = {"HOSTFILE": tmp_path / "hostfile", "DS_ENV_FILE": tmp_path / "exported"}
+    arguments = [*training.arguments, f"run.dir={tmp_path}/run"]
+    launcher = hosts[0].start("bash", "examples/launch/deepspeed.sh", *arguments, output=tmp_path / "launcher.out",
+                              **variables)  # fmt: skip
+    assert statuses([launcher], tmp_path) == [0], said(tmp_path)
+    assert all(f"{host.name}: " in (tmp_path / "launcher.out").read_text() for host in hosts)
+    assert training.curve(tmp_path / "run") == training.expected

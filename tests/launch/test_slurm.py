@@ -1,6 +1,8 @@
 """The batch scripts on a real SLURM: two nodes on this machine, whose jobs are stopped, preempted and requeued."""
 
+import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -192,3 +194,49 @@ def test_what_srun_is_asked_for_with_a_container(container, expected, tmp_path):
         command=f"python -m megadit.train --config X run.dir={run} a.b=c",
     )  # fmt: skip
     assert done.stdout.splitlines()[1:] == [asked, "8 ib0"]
+
+
+@pytest.mark.drill
+def test_the_time_limit(cluster, activate, training, tmp_path):
+    """SLURM itself sends the signal of --signal. Its clock of limits has minutes: 25 to 85 seconds before the limit."""
+    folder = tmp_path / "run"
+    limit = ["--time=2", "--signal=USR1@60"]
+    # So many steps that the limit comes first.
+    arguments = [*training.arguments, "run.steps=100000"]
+    job = cluster.submit(*FOUR_TASKS, *limit, TRAIN, *arguments, RUN_DIR=folder, ACTIVATE=activate)
+    wait_for(job, lambda: job.field("Restarts") == "1", limit=200)
+    first = training.done(folder)
+    assert (folder / "checkpoints/latest").read_text().strip() == f"step_{first:08d}"
+    wait_for(job, lambda: training.done(folder) > first)
+    cluster.run("scancel", job.number)
+    assert job.wait() == "CANCELLED", job.output()
+    assert f"status {STOPPED}: queued again" in job.output()
+
+
+@pytest.mark.drill
+def test_requeued_by_hand(cluster, activate, training, tmp_path):
+    """SIGTERM reaches the batch script too, which dies of it; the ranks still write their checkpoint."""
+    folder = tmp_path / "run"
+    job = cluster.submit(*FOUR_TASKS, TRAIN, *training.arguments, RUN_DIR=folder, ACTIVATE=activate)
+    wait_for(job, lambda: training.done(folder) >= 5)
+    cluster.run("scontrol", "requeue", job.number)
+    wait_for(job, lambda: job.field("JobState") == "PENDING")
+    stopped = training.done(folder)
+    assert (folder / "checkpoints/latest").read_text().strip() == f"step_{stopped:08d}", job.output()
+    assert job.wait() == "COMPLETED", job.output()
+    assert training.curve(folder) == training.expected
+
+
+@pytest.mark.drill
+def test_a_rank_is_killed(cluster, activate, training, tmp_path):
+    """Steps since the last checkpoint are made again, and come out the same."""
+    folder = tmp_path / "run"
+    arguments = [*training.arguments, "checkpoint.every=4"]
+    job = cluster.submit(*FOUR_TASKS, TRAIN, *arguments, RUN_DIR=folder, ACTIVATE=activate, PATIENCE_S=20)
+    wait_for(job, lambda: training.done(folder) >= 6)
+    pids = [line.split() for line in cluster.run("scontrol", "listpids", job.number, check=False).splitlines()]
+    ranks = [int(pid) for pid, _, step, *_ in pids if step == "0"]
+    os.kill(ranks[-1], signal.SIGKILL)
+    assert job.wait(200) == "COMPLETED", job.output()
+    assert job.field("Restarts") == "1", job.output()
+    assert training.curve(folder) == training.expected
