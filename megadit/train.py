@@ -1,40 +1,62 @@
 """The entry point: python -m megadit.train --config X.yaml [section.key=value ...]
 
-Started by torchrun, the deepspeed launcher, srun, or by itself as one process.
+Started by torchrun, the deepspeed launcher, srun, or by itself as one process. Its exit statuses: runtime/status.py.
 """
 
+# ruff: noqa: E402 (the signals come first)
 from __future__ import annotations
+
+if __name__ == "__main__":
+    from megadit.runtime.stopping import leave_on_signals
+
+    leave_on_signals()  # the imports below take seconds
 
 import argparse
 import logging
 import os
+import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
 import torch.distributed as dist
 
+from megadit.runtime.agreement import gathered
 from megadit.runtime.launch import LaunchError, Process, discover, process_group
 from megadit.runtime.lock import hold
 from megadit.runtime.log import setup_logging
 from megadit.runtime.seed import use_deterministic_kernels
-from megadit.training.build import Inputs, build_run, read_inputs
-from megadit.training.config import RunConfig, check, describe, load_config
+from megadit.runtime.status import BAD_INPUT, FINISHED
+from megadit.runtime.stopping import StopRequests
+from megadit.training.build import Inputs, Run, build_run, read_inputs
+from megadit.training.config import RunConfig, check, describe, fit, load_config
+from megadit.training.events import Events
 from megadit.training.initial import load_initial
-from megadit.training.loop import Diverged, Unsaved, prepare_directory, resume, train
+from megadit.training.loop import Ending, Oversight, prepare_directory, resume, train
+from megadit.training.progress import Progress
 
 logger = logging.getLogger("megadit")
 
-DIVERGED, BAD_INPUT, UNSAVED = 1, 2, 3  # exit statuses
 PATIENCE_S = 1200.0  # for another training in the same folder to end
+
+
+ENDINGS = """exit statuses:
+  0    the last step is done and saved
+  1    the run diverges: too many losses or gradients are not finite, or spikes
+  2    the input was refused, and nothing was written
+  3    the last step is done, its checkpoint could not be written
+  75   stopped by SIGTERM, SIGUSR1 or guard.time_limit, with a checkpoint of the last step: start again to go on
+  76   a rank died, hangs, raised or has other parameters than its replicas: start again, from the newest checkpoint
+"""
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m megadit.train",
         description="Train an EC-DiT. A run that was stopped goes on from its newest checkpoint, by the same command.",
-        epilog="sections and keys, with their defaults:\n" + describe(),
+        epilog=f"{ENDINGS}\nsections and keys, with their defaults:\n{describe()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, metavar="X.yaml", help="the run's configuration")
@@ -49,9 +71,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def agree(process: Process, fault: str | None) -> bool:
     """Whether no rank found a fault; if some did, the lowest of them says what. Collective."""
-    faults: list[str | None] = [None] * process.world_size
-    dist.all_gather_object(faults, fault)
-    speaker = next((rank for rank, message in enumerate(faults) if message is not None), None)
+    speaker = next((rank for rank, message in enumerate(gathered(fault)) if message is not None), None)
     if speaker == process.rank:
         print(f"megadit: {fault}", file=sys.stderr, flush=True)  # noqa: T201 (the one message of a refused start)
     dist.barrier()  # launchers end everyone when the first process exits, so exit after the message
@@ -59,19 +79,20 @@ def agree(process: Process, fault: str | None) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train. Returns the exit status: 0; 1 when the training diverged; 2 when the input was refused;
-    3 when the last checkpoint could not be written.
-    """
+    """Train. Returns the exit status, see `megadit.runtime.status`."""
     args = arguments(argv)
     if args.dry_run:
         return play(args)
+    stops = StopRequests()
     try:
         with process_group() as process:
             setup_logging(process.rank)
-            return start(process, args.config, args.overrides)
+            return start(process, args.config, args.overrides, stops)
     except LaunchError as error:
         print(f"megadit: {error}", file=sys.stderr)  # noqa: T201
         return BAD_INPUT
+    finally:
+        stops.close()
 
 
 def play(args: argparse.Namespace) -> int:
@@ -89,23 +110,25 @@ def play(args: argparse.Namespace) -> int:
     return 0
 
 
-def start(process: Process, path: str, overrides: Sequence[str]) -> int:
+def start(process: Process, path: str, overrides: Sequence[str], stops: StopRequests) -> int:
     """Read and check everything that is read, then go on from the newest checkpoint. Collective."""
+    asked: RunConfig | None = None
     config: RunConfig | None = None
     inputs: Inputs | None = None
     fault = None
     try:
-        config = load_config(path, overrides)
+        asked = load_config(path, overrides)
+        config = fit(asked, process.world_size)
         layout = check(config, process.world_size)
         inputs = read_inputs(config)
     except ValueError as error:
         fault = str(error)
     if not agree(process, fault):
         return BAD_INPUT
-    assert config is not None and inputs is not None
+    assert asked is not None and config is not None and inputs is not None
     if config.run.deterministic:
         use_deterministic_kernels()
-    step, run, lock = 0, None, None
+    progress, run, lock, events = Progress(), None, None, None
     try:
         run = build_run(config, layout, inputs, process)
         lock = take(config.directory) if process.is_main else None
@@ -115,31 +138,51 @@ def start(process: Process, path: str, overrides: Sequence[str]) -> int:
         return BAD_INPUT
     assert run is not None
     try:
-        step = resume(run)
-        if step == 0 and config.run.init_from:
+        progress = resume(run)
+        if progress.step == 0 and config.run.init_from:
             load_initial(run)
-        if step < config.run.steps:
-            prepare_directory(run)
+        if progress.step < config.run.steps:
+            events = prepare_directory(run)
     except ValueError as error:
         fault = str(error)
     if not agree(process, fault):
         return BAD_INPUT
-    if step >= config.run.steps:
-        logger.info("%s is finished: step %d of %d", config.directory, step, config.run.steps)
-        return 0
+    if progress.step >= config.run.steps:
+        logger.info("%s is finished: step %d of %d", config.directory, progress.step, config.run.steps)
+        return FINISHED
+    assert events is not None
+    introduce(run, asked, progress, events)
+    stops.begin(60 * config.guard.time_limit)
+    try:
+        train(run, progress, Oversight(events, stops))
+    except Ending as error:
+        if process.is_main:
+            logger.error("%s", error)
+        return error.status
+    finally:
+        events.close()
+        if lock is not None:
+            lock.close()
+    return FINISHED
+
+
+def introduce(run: Run, asked: RunConfig, progress: Progress, events: Events) -> None:
+    """Say what begins, or goes on, and where. Collective."""
+    config, process, layout = run.config, run.process, run.grid.layout
+    hosts = sorted(set(gathered(socket.gethostname())))
+    if config.parallel != asked.parallel:
+        wanted = f"tensor {asked.parallel.tensor} x pipeline {asked.parallel.pipeline} x expert {asked.parallel.expert}"
+        reason = f"{wanted} does not fit {process.world_size} processes, a layout of parallel.fallbacks does: {layout}"
+        events.tell("layout", progress.step, reason)
+        if process.is_main:
+            logger.warning("%s", reason)
+    begins = progress.step == 0
+    reason = "a new run" if begins else f"from the checkpoint of step {progress.step}"
+    events.tell("start" if begins else "resume", progress.step, reason, layout=asdict(layout),
+                world_size=process.world_size, hosts=hosts)  # fmt: skip
     parameters = sum(parameter.numel() for _, parameter in run.named)
     logger.info("%s: %s, %s, %s, %d parameters on process 0", config.directory, layout, process.device.type,
                 config.run.dtype, parameters)  # fmt: skip
-    try:
-        train(run, step)
-    except (Diverged, Unsaved) as error:
-        if process.is_main:
-            logger.error("%s", error)
-        return DIVERGED if isinstance(error, Diverged) else UNSAVED
-    finally:
-        if lock is not None:
-            lock.close()
-    return 0
 
 
 def take(folder: Path) -> IO[str]:

@@ -114,7 +114,7 @@ def _serve(rank: int, connection: Any, stack_file: str) -> None:
     torch.set_num_threads(1)
     with open(stack_file, "w") as stacks:
         # Both write from C: a rank may hang in a collective, or crash.
-        faulthandler.register(signal.SIGUSR1, file=stacks)
+        faulthandler.register(signal.SIGUSR2, file=stacks)
         faulthandler.enable(file=stacks)
         gc.freeze()  # what is there stays: the collections after each call need not look at it
         start = _Start()
@@ -190,7 +190,7 @@ class _Ranks:
     def _stacks(self, ranks: Sequence[int]) -> dict[int, str]:
         """Where these ranks are now, all at about the same time."""
         for rank in ranks:
-            os.kill(self.processes[rank].pid, signal.SIGUSR1)
+            os.kill(self.processes[rank].pid, signal.SIGUSR2)
         found, deadline = dict.fromkeys(ranks, ""), time.monotonic() + GRACE
         while time.monotonic() < deadline:
             time.sleep(0.1)

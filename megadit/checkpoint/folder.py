@@ -146,6 +146,23 @@ def commit(folder: Path, step: int, manifest: dict, keep: int, keep_every: int =
                 _discard(step_path(folder, other))
 
 
+def newest_before(folder: Path, step: int) -> Path | None:
+    """The complete checkpoint of the last step before `step`, if there is one."""
+    found = _complete(folder)
+    earlier = [other for other in found if other < step]
+    return found[max(earlier)] if earlier else None
+
+
+def go_back(folder: Path, step: int) -> None:
+    """Make the complete checkpoint of `step` the latest one, and remove all later ones: their course is abandoned."""
+    write_synced(folder / f"{_LATEST}.new", f"{step_path(folder, step).name}\n".encode())
+    os.replace(folder / f"{_LATEST}.new", folder / _LATEST)
+    sync_folder(folder)
+    for other, path in _complete(folder).items():
+        if other > step:
+            _discard(path)
+
+
 def _complete(folder: Path) -> dict[int, Path]:
     """The complete checkpoint of each step; where a kill left no other, the one that was being replaced."""
     found: dict[int, Path] = {}

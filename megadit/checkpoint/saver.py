@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,6 +28,14 @@ logger = logging.getLogger("megadit")
 ALIGNMENT = 64  # bytes
 
 
+class Saved(NamedTuple):
+    """How a save ended. `failure`: why nothing was written. `seconds`: without the wait for the save before it."""
+
+    step: int
+    seconds: float
+    failure: str | None
+
+
 class Saver:
     """Saves under one folder. A save that cannot be written is logged and leaves its reason in `failure`."""
 
@@ -35,6 +45,7 @@ class Saver:
         # gloo on any device: it can wait for a peer without stopping a GPU's work.
         self.group = dist.new_group(backend="gloo")
         self.failure: str | None = None  # why the newest save that has ended was not written; on all ranks alike
+        self._ended: list[Saved] = []
         self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._fault: BaseException | None = None
@@ -68,7 +79,13 @@ class Saver:
         except BaseException as error:  # for the main thread, which raises it in `wait`
             self._fault = error
 
+    def take_ended(self) -> list[Saved]:
+        """The saves that have ended since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
+
     def _write(self, step: int, tensors: Mapping[str, LogicalTensor], metadata: Mapping[str, object]) -> None:
+        begin = time.monotonic()
         try:
             save(self.folder, step, tensors, metadata, self.keep, self.keep_every, self.group)
             self.failure = None
@@ -76,6 +93,7 @@ class Saver:
             self.failure = f"the checkpoint of step {step} was not saved in {self.folder}: {error}"
             if dist.get_rank(self.group) == 0:
                 logger.error("%s", self.failure)
+        self._ended.append(Saved(step, time.monotonic() - begin, self.failure))
 
 
 class Staging:

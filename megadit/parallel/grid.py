@@ -8,7 +8,7 @@ down; leaf layers receive the one `Group` that they use.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
@@ -25,6 +25,18 @@ UNIONS = {"dp": ("edp", "ep"), "world": AXES}
 
 
 @dataclass(frozen=True)
+class Fallback:
+    """What is otherwise in a layout for another number of processes; None: as in `parallel`."""
+
+    tensor: int | None = None
+    pipeline: int | None = None
+    expert: int | None = None
+    sequence: bool | None = None
+    schedule: Literal["1f1b", "interleaved", "zbv"] | None = None
+    stages_per_rank: int | None = None
+
+
+@dataclass(frozen=True)
 class ParallelConfig:
     """Degrees of parallelism; the data-parallel degree is what is left of the world."""
 
@@ -34,6 +46,14 @@ class ParallelConfig:
     sequence: bool = False  # cut the tokens between blocks over the tensor axis
     schedule: Literal["1f1b", "interleaved", "zbv"] = "1f1b"
     stages_per_rank: int = 2  # interleaved: slices of the layers that a pipeline rank holds (zbv: always 2)
+    fallbacks: tuple[Fallback, ...] = ()  # layouts for other numbers of processes, the first that fits is taken
+
+    def layouts(self) -> list[ParallelConfig]:
+        """The fallbacks, each with what it does not say as it is here."""
+        return [
+            replace(self, **{key: value for key, value in asdict(other).items() if value is not None})
+            for other in self.fallbacks
+        ]
 
     @property
     def stages_on_rank(self) -> int:

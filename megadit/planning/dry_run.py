@@ -12,6 +12,7 @@ from megadit.planning.memory import GB, Memory
 from megadit.planning.meter import Collective
 from megadit.planning.simulation import SimulatedPipeline, fake_world, simulated
 from megadit.training.config import RunConfig, check
+from megadit.training.progress import Progress
 from megadit.training.step import train_step
 
 
@@ -53,7 +54,7 @@ def dry_run(config: RunConfig, world_size: int, rank: int) -> DryRun:
     begin = time.perf_counter()
     with fake_world(rank, world_size), simulated(config, layout, rank) as (run, meter):
         live = dict(meter.live)
-        train_step(run, 1)
+        train_step(run, Progress())
         assert isinstance(run.pipeline, SimulatedPipeline) and run.pipeline.peaks is not None
         training, updating = run.pipeline.peaks, meter.take_peaks()
         kept = sum(bytes_ for name, bytes_ in meter.live.items() if name != "gradients")  # leftovers of the step, too

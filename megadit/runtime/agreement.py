@@ -28,6 +28,13 @@ def of_main(find: Callable[[], Found]) -> Found:
     return found[0]
 
 
+def gathered(own: Found) -> list[Found]:
+    """What every rank brings, by rank. Collective; for small things that are rare."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """A block, without collectives of its own, that all ranks leave as the first of them that raises a ValueError.
@@ -39,8 +46,6 @@ def together() -> Iterator[None]:
         yield
     except ValueError as error:
         fault = str(error)
-    faults: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(faults, fault)
-    first = next((message for message in faults if message is not None), None)
+    first = next((message for message in gathered(fault) if message is not None), None)
     if first is not None:
         raise ValueError(first)

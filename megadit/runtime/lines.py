@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +24,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def _in_json(value: Any) -> Any:
+    """The same, with None for numbers that are not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _in_json(item) for key, item in value.items()}
+    return [_in_json(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 class LineFile:
     """Appends lines, each whole or not at all; what a full disk does not take waits for the next one."""
 
@@ -36,8 +46,8 @@ class LineFile:
         self._unwritten = b""  # what found no room
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """One line; floats are printed with all their digits."""
-        self._write(json.dumps(line).encode() + b"\n")
+        """One line; floats are printed with all their digits, and null where JSON has no word for them."""
+        self._write(json.dumps(_in_json(line), allow_nan=False).encode() + b"\n")
 
     def _write(self, content: bytes) -> None:
         waited = bool(self._unwritten)

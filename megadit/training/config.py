@@ -11,7 +11,7 @@ import difflib
 import math
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from megadit.model.text import TextConfig
 from megadit.parallel.grid import Layout, ParallelConfig
 from megadit.sampling.generate import SampleConfig
 from megadit.training.ema import EmaConfig
+from megadit.training.guard import GuardConfig
 from megadit.zero import OptimConfig, ZeroConfig
 
 CONFIG_FILE = "config.yaml"  # in a run's folder
@@ -66,6 +67,7 @@ class LogConfig:
     evaluate_every: int = 500  # steps; 0: never
     sample_every: int = 500  # steps; 0: never
     samples: int = 40
+    sample_ids: bool = False  # of each step, in metrics.jsonl: the places in the run's order of all that it trained on
     tensorboard: bool = True
 
 
@@ -85,6 +87,7 @@ class RunConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
     @property
     def directory(self) -> Path:
@@ -102,6 +105,10 @@ class RunConfig:
             for section, values in dataclasses.asdict(self).items()
         }
         plain["optim"]["betas"] = list(plain["optim"]["betas"])
+        plain["parallel"]["fallbacks"] = [
+            {key: value for key, value in other.items() if value is not None}
+            for other in plain["parallel"]["fallbacks"]
+        ]
         overrides = plain["model"]["capacity_overrides"]
         plain["model"]["capacity_overrides"] = {str(layer): factor for layer, factor in overrides.items()}  # as in JSON
         return plain
@@ -430,6 +437,7 @@ POSITIVE = {
     "sample": ("steps", "shift"),
     "checkpoint": ("every",),
     "log": ("samples", "every"),
+    "guard": ("window",),
 }  # fmt: skip
 NOT_NEGATIVE = {
     "model": (
@@ -449,6 +457,7 @@ NOT_NEGATIVE = {
     "sample": ("guidance",),
     "checkpoint": ("keep", "keep_every"),
     "log": ("evaluate_every", "sample_every"),
+    "guard": ("max_skips", "spike", "max_rewinds", "checksum_every", "time_limit"),
 }
 
 
@@ -477,6 +486,14 @@ def numbers_make_sense(config: RunConfig, world_size: int) -> Iterator[str]:
         yield f"objective.caption_dropout={config.objective.caption_dropout} must be between 0 and 1"
 
 
+def spikes_leave_a_way_back(config: RunConfig, world_size: int) -> Iterator[str]:
+    if config.guard.spike > 0 and config.checkpoint.keep == 1:
+        yield (
+            "guard.spike goes back to a checkpoint before the spike, and checkpoint.keep=1 keeps the newest one alone; "
+            "use checkpoint.keep=2 or more, or 0 for all"
+        )
+
+
 # The first rule that finds a fault is the one reported: later ones may assume that earlier ones hold.
 RULES: tuple[tuple[Rule, ...], ...] = (
     (numbers_make_sense,),
@@ -491,10 +508,29 @@ RULES: tuple[tuple[Rule, ...], ...] = (
         routing_makes_sense,
         conditioning_is_given,
         zero_keeps_precision,
+        spikes_leave_a_way_back,
     ),
     (batch_divides,),
     (groups_fill_microbatches,),
 )
+
+
+def fit(config: RunConfig, world_size: int) -> RunConfig:
+    """The configuration with the first layout, of `parallel` and then `parallel.fallbacks`, that keeps every rule.
+
+    Raises ValueError with the faults of each where none does.
+    """
+    faults = []
+    for parallel in (config.parallel, *config.parallel.layouts()):
+        candidate = replace(config, parallel=parallel)
+        try:
+            check(candidate, world_size)
+        except ValueError as error:
+            faults.append(str(error))
+        else:
+            return candidate
+    first, *others = faults
+    raise ValueError("; ".join([first, *(f"parallel.fallbacks[{i}]: {fault}" for i, fault in enumerate(others))]))
 
 
 def check(config: RunConfig, world_size: int) -> Layout:

@@ -1,12 +1,13 @@
 """events.jsonl: what happened to a run, line by line, over all its starts.
 
-A line has `time` (seconds since 1970, of the wall clock), `event`, `step` (the last one that was done) and `reason` (one
+A line has `time` (seconds since 1970, of the wall clock), `event`, `step` (the last one that was done), `reason` (one
 sentence), and what else there is to say. Events:
 
     start, resume   the run begins, or goes on from a checkpoint; `layout`, `world_size`, `hosts`
     layout          another layout than the configured one fits this world: one of parallel.fallbacks
     skip            a step without finite numbers was left out; `ranks`: [{rank, sample_ids}]
-    spike, rewind   a loss or norm far from the last ones; back to an older checkpoint, `from_step`, `to_step`, `skipped`
+    spike           a loss or a gradient norm stands out from those before it
+    rewind          back to a checkpoint from before a spike: `to_step`, `batches` (first and last) that are passed over
     flip            replicas of a parameter differ; `parameters`, `ranks`
     save            a checkpoint is complete, or failed: `saved`, `seconds`
     signal          somebody or the clock asked the run to stop
@@ -26,11 +27,11 @@ EVENTS_FILE = "events.jsonl"
 
 
 class Events:
-    """The story of a run. The main process tells it; `enabled` is false on the others, whose words are dropped."""
+    """The story of a run."""
 
-    def __init__(self, directory: Path, enabled: bool) -> None:
-        """Raises OSError when the file cannot be opened."""
-        self._file = LineFile(directory / EVENTS_FILE) if enabled else None
+    def __init__(self, directory: Path | None) -> None:
+        """Written into `directory`; None: to nobody, on all processes but the main one. Raises OSError."""
+        self._file = LineFile(directory / EVENTS_FILE) if directory else None
 
     def tell(self, event: str, step: int, reason: str, **more: object) -> None:
         """Write one line; see the top of this file."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,60 +16,93 @@ import megadit
 from megadit import checkpoint
 from megadit.encoders.condition import Captions
 from megadit.model.count import forward_flops
-from megadit.runtime.agreement import of_main
+from megadit.parallel.replicas import differing_replicas
+from megadit.runtime.agreement import gathered, of_main
 from megadit.runtime.clock import Clock, peak_memory_gb
+from megadit.runtime.status import DIVERGED, FINISHED, LOST, STOPPED, UNSAVED
+from megadit.runtime.stopping import StopRequests
 from megadit.sampling.picture import save_grid
 from megadit.training.build import TOKENIZER_FILE, Run
 from megadit.training.config import CONFIG_FILE, differing, images_per_group
 from megadit.training.evaluate import heldout_loss, sample_pictures
-from megadit.training.metrics import Recorder
+from megadit.training.events import EVENTS_FILE, Events
+from megadit.training.metrics import METRICS_FILE, Recorder, read_metrics
+from megadit.training.progress import Progress
+from megadit.training.spikes import SpikeDetector
 from megadit.training.state import logical_state, resumable_state
-from megadit.training.step import StepReport, Unread, read, train_step
+from megadit.training.step import Outcome, read, train_step
 
 logger = logging.getLogger("megadit")
 
 
-class Diverged(RuntimeError):
-    """The loss or the gradient is no longer finite."""
+class Ending(RuntimeError):
+    """A training ends before its last step, on all ranks alike. `status`: the exit status."""
+
+    status: int
 
 
-class Unsaved(RuntimeError):
+class Diverged(Ending):
+    """Too many losses or gradients are not finite, or spikes."""
+
+    status = DIVERGED
+
+
+class Unsaved(Ending):
     """The training is done, but its last checkpoint could not be written."""
 
+    status = UNSAVED
 
-def resume(run: Run) -> int:
-    """Load the newest complete checkpoint, if there is one, and return its step; else 0. Collective.
+
+class Stopped(Ending):
+    """Somebody, or the clock, has asked the run to stop, and it has."""
+
+    status = STOPPED
+
+
+class Flipped(Ending):
+    """Replicas of a parameter differ."""
+
+    status = LOST
+
+
+def resume(run: Run) -> Progress:
+    """Load the newest complete checkpoint, if there is one, and return where it is; else the beginning. Collective.
 
     Raises ValueError naming the tensor or file when the checkpoint is damaged or does not fit the run.
     """
-    newest = of_main(lambda: find_resumable(run.config.directory / "checkpoints"))
+    folder = run.config.directory / "checkpoints"
+    newest = of_main(lambda: find_resumable(checkpoint.latest(folder)))
     if newest is None:
-        return 0
-    path, step = newest.path, newest.step
-    state = resumable_state(run.named, run.ema, run.engine, run.grid, newest.tensors)
-    try:
-        checkpoint.load(path, state, verify=True)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; another run.name or run.dir starts a new run") from error
+        return Progress()
     for section, keys in changed(newest.config, run.config.to_dict()).items():
         logger.warning("going on with another %s than the checkpoint's: %s", section, ", ".join(keys))
-    run.engine.restored(step)
-    logger.info("going on from %s", path)
-    return step
+    progress = load(run, newest)
+    logger.info("going on from %s", newest.path)
+    return progress
+
+
+def load(run: Run, found: Resumable) -> Progress:
+    """Fill the run's state from a checkpoint. Collective; raises ValueError as `resume`."""
+    state = resumable_state(run.named, run.ema, run.engine, run.grid, found.tensors)
+    try:
+        checkpoint.load(found.path, state, verify=True)
+    except ValueError as error:
+        raise ValueError(f"{found.path}: {error}; another run.name or run.dir starts a new run") from error
+    run.engine.restored(found.progress.updates)
+    return found.progress
 
 
 class Resumable(NamedTuple):
     """A checkpoint to go on from. `tensors`: their names."""
 
     path: Path
-    step: int
+    progress: Progress
     config: dict[str, Any]
     tensors: frozenset[str]
 
 
-def find_resumable(folder: Path) -> Resumable | None:
-    """The newest complete checkpoint, if there is one. Raises ValueError for one that has weights alone."""
-    path = checkpoint.latest(folder)
+def find_resumable(path: Path | None) -> Resumable | None:
+    """The checkpoint at `path`, if there is one. Raises ValueError for one that has weights alone."""
     if path is None:
         return None
     manifest = checkpoint.read_manifest(path)
@@ -79,7 +111,8 @@ def find_resumable(folder: Path) -> Resumable | None:
             f"{path} holds weights alone, no state of the optimizer to go on with; start from it in another run.dir, "
             f"with run.init_from={path}"
         )
-    return Resumable(path, manifest["step"], manifest["metadata"]["config"], frozenset(manifest["tensors"]))
+    progress = Progress.of(manifest["step"], manifest["metadata"])
+    return Resumable(path, progress, manifest["metadata"]["config"], frozenset(manifest["tensors"]))
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -92,24 +125,30 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list
     return {section: changes for section, changes in found.items() if changes}
 
 
-def save(run: Run, step: int) -> None:
-    """Write a checkpoint of the state after `step`, or begin to. Collective."""
+def save(run: Run, progress: Progress) -> None:
+    """Write a checkpoint of the state after the last step, or begin to. Collective."""
     state = logical_state(run.named, run.ema, run.engine, run.grid, owned_only=True)
-    run.saver.save(step, state, {"config": run.config.to_dict(), "megadit": megadit.__version__})
+    metadata = {
+        "config": run.config.to_dict(),
+        "megadit": megadit.__version__,
+        "progress": progress.to_dict(),
+    }
+    run.saver.save(progress.step, state, metadata)
 
 
-def prepare_directory(run: Run) -> None:
-    """The run's folder with its resolved configuration and tokenizer, written by the main process. Collective.
+def prepare_directory(run: Run) -> Events:
+    """The run's folder with its resolved configuration, tokenizer and events, written by the main process. Collective.
 
     Raises ValueError on a rank that cannot write there, or does not see what the main process wrote.
     """
-    directory, fault = run.config.directory, None
+    directory, events, fault = run.config.directory, Events(None), None
     try:
         if run.process.is_main:
             (directory / "samples").mkdir(parents=True, exist_ok=True)
             if isinstance(run.inputs.condition, Captions):
                 write_whole(directory / TOKENIZER_FILE, run.inputs.condition.tokenizer.serialized)
             write_whole(directory / CONFIG_FILE, run.config.to_yaml().encode())
+            events = Events(directory)
     except OSError as error:
         fault = f"run.dir={directory} cannot be written: {error.strerror}"
     dist.barrier()
@@ -117,6 +156,7 @@ def prepare_directory(run: Run) -> None:
         fault = f"run.dir={directory} on process {run.process.rank} is not what process 0 writes; it must be shared"
     if fault is not None:
         raise ValueError(fault)
+    return events
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -126,56 +166,216 @@ def write_whole(path: Path, content: bytes) -> None:
     os.replace(partial, path)
 
 
-def train(run: Run, start: int) -> None:
+class Oversight(NamedTuple):
+    """Who watches over a training, and who hears of it."""
+
+    events: Events
+    stops: StopRequests
+
+
+def train(run: Run, start: Progress, oversight: Oversight) -> None:
     """Make the steps after `start`. Collective.
 
-    Raises on all ranks, with no save running: Diverged when a loss or a gradient is not finite, the checkpoints are of
-    earlier steps then; Unsaved when the last checkpoint could not be written.
+    Raises an `Ending` on all ranks, with no save running, where the last step is not reached or not saved.
     """
-    config, directory = run.config, run.config.directory
-    recorder = Recorder(directory, start, config.run.steps, config.log.tensorboard) if run.process.is_main else None
-    flops = forward_flops(replace(config.model, routing_group=images_per_group(config)), config.text)
-    flops_per_gpu = 3 * flops * config.data.global_batch / run.grid["world"].size
-    clock = Clock()
-    unread: list[Unread] = []
-    for step in range(start + 1, config.run.steps + 1):
-        unread.append(train_step(run, step))
+    course = Course(run, start, oversight)
+    try:
+        course.go()
+    except Ending as ending:
+        course.events.tell("stop", course.progress.step, str(ending), status=ending.status)
+        raise
+    finally:
+        course.close()
+
+
+class Course:
+    """The steps of a training one after the other, and what is done between them. Methods are collective."""
+
+    def __init__(self, run: Run, start: Progress, oversight: Oversight) -> None:
+        self.run, self.config, self.progress = run, run.config, start
+        self.events, self.stops = oversight
+        self.recorder = self._open_recorder()
+        self.detector = self._prime_detector()
+        self.clock = Clock()
+        self.unread: list[Outcome] = []
+        self.owes_save = False  # one was due after a step that was skipped
+        flops = forward_flops(replace(self.config.model, routing_group=images_per_group(self.config)), self.config.text)
+        self.flops_per_gpu = 3 * flops * self.config.data.global_batch / run.grid["world"].size
+
+    def _open_recorder(self) -> Recorder | None:
+        """metrics.jsonl without the lines of later steps, on the main process."""
+        if not self.run.process.is_main:
+            return None
+        config = self.config
+        return Recorder(config.directory, self.progress.step, config.run.steps, config.log.tensorboard)
+
+    def _prime_detector(self) -> SpikeDetector | None:
+        """A detector that has seen the last steps: every rank has the same, so that all decide alike."""
+        guard = self.config.guard
+        if guard.spike == 0:
+            return None
+        detector = SpikeDetector(guard.spike, guard.window)
+        path = self.config.directory / METRICS_FILE
+        for line in of_main(lambda: read_metrics(path)[-2 * guard.window :]):
+            if not line["skipped"]:
+                detector.look(line["loss"], line["grad_norm"])
+        return detector
+
+    def go(self) -> None:
+        """Every step until the last one."""
+        while self.progress.step < self.config.run.steps:
+            outcome = train_step(self.run, self.progress, self.stops.reason is not None)
+            self.progress = outcome.progress
+            self.unread.append(outcome)
+            if outcome.unread.skipped:
+                self.skipped(outcome)
+            elif self.detector and (spike := self.detector.look(outcome.loss, outcome.grad_norm)) and self.back(spike):
+                continue
+            self.between(outcome)
+            if outcome.stops and self.progress.step < self.config.run.steps:
+                self.stop()
+        self.run.saver.wait()
+        self._tell_saves()
+        if self.run.saver.failure is not None:
+            raise Unsaved(
+                f"step {self.config.run.steps} is done, but its checkpoint was not saved; make room for it and start "
+                f"again, from the newest one in {self.config.directory}"
+            )
+        self.events.tell("finish", self.progress.step, "the last step is done and saved", status=FINISHED)
+        logger.info("finished: %s", self.config.directory)
+
+    def between(self, outcome: Outcome) -> None:
+        """What is due after a step: look at it, evaluate, compare replicas, save, draw."""
+        config, log, step = self.config, self.config.log, self.progress.step
         last = step == config.run.steps
-        evaluates = _due(step, config.log.evaluate_every, last)
-        saves, draws = _due(step, config.checkpoint.every, last), _due(step, config.log.sample_every, last)
-        if not (evaluates or saves or draws or _due(step, config.log.every, last)):
-            continue
-        reports = read(run, unread)
-        seconds = clock.lap() / len(unread)  # of one step, on average since the last look
-        unread = []
-        for report in reports:
-            check_finite(run, report)
-            extra = {"heldout_loss": heldout_loss(run)} if evaluates and report.step == step else {}
-            if recorder is not None:
-                recorder.record(
+        evaluates, draws = _due(step, log.evaluate_every, last), _due(step, log.sample_every, last)
+        saves = _due(step, config.checkpoint.every, last) or outcome.stops or self.owes_save
+        if saves and outcome.unread.skipped and not last:
+            # The weights may be what spoils the steps: they are saved when a step has shown otherwise.
+            saves, self.owes_save = False, not outcome.stops
+        if saves or self.config.guard.checksum_every and _due(step, self.config.guard.checksum_every, last):
+            self.compare_replicas()
+        if not (evaluates or saves or draws or outcome.stops or _due(step, log.every, last)):
+            return
+        self.look(evaluates)
+        if saves:
+            self.owes_save = False
+            save(self.run, self.progress)
+        self._tell_saves()
+        if draws:
+            pictures = sample_pictures(self.run)
+            if self.run.process.is_main:
+                write_pictures(pictures, config.directory / "samples" / f"step_{step:08d}.png")
+        self.clock.lap()  # evaluating, recording, saving and drawing are not part of the next step's time
+
+    def look(self, evaluates: bool) -> None:
+        """Read the steps since the last look from the device, and record them."""
+        reports = read(self.run, [outcome.unread for outcome in self.unread])
+        seconds = self.clock.lap() / len(reports)  # of one step, on average since the last look
+        sample_ids = self._sample_ids() if self.config.log.sample_ids else None
+        self.unread = []
+        for i, report in enumerate(reports):
+            evaluated = evaluates and report.step == self.progress.step
+            heldout = {"heldout_loss": heldout_loss(self.run)} if evaluated else {}
+            if self.recorder is not None:
+                self.recorder.record(
                     report,
                     seconds=seconds,
-                    images_per_second=config.data.global_batch / seconds,
-                    tflops_per_gpu=flops_per_gpu / seconds / 1e12,
-                    peak_memory_gb=peak_memory_gb(run.process.device),
-                    **extra,
+                    images_per_second=self.config.data.global_batch / seconds,
+                    tflops_per_gpu=self.flops_per_gpu / seconds / 1e12,
+                    peak_memory_gb=peak_memory_gb(self.run.process.device),
+                    **heldout,
+                    **({"sample_ids": sample_ids[i]} if sample_ids else {}),
                 )
-        if saves:
-            save(run, step)
-        if draws:
-            pictures = sample_pictures(run)
-            if run.process.is_main:
-                write_pictures(pictures, directory / "samples" / f"step_{step:08d}.png")
-        clock.lap()  # evaluating, recording, saving and drawing are not part of the next step's time
-    if recorder is not None:
-        recorder.close()
-    run.saver.wait()
-    if run.saver.failure is not None:
-        raise Unsaved(
-            f"step {config.run.steps} is done, but its checkpoint was not saved; make room for it and start again, "
-            f"from the newest one in {directory}"
-        )
-    logger.info("finished: %s", directory)
+
+    def _sample_ids(self) -> list[list[int]]:
+        """Of each unread step the samples that it trained on, as the data-parallel ranks read them."""
+        grid = self.run.grid
+        speaks = grid["tp"].rank == 0 and grid["pp"].rank == 0
+        told = gathered([outcome.sample_ids for outcome in self.unread] if speaks else None)
+        of_ranks = [ids for ids in told if ids is not None]
+        return [[sample for ids in of_ranks for sample in ids[i]] for i in range(len(self.unread))]
+
+    def skipped(self, outcome: Outcome) -> None:
+        """Tell of a step that was left out. Raises Diverged when there are too many."""
+        guard, step = self.config.guard, self.progress.step
+        whose = ", ".join(f"rank {spoiler.rank}" for spoiler in outcome.spoilers) or "no rank's own, but their sum"
+        reason = f"loss {outcome.loss}, gradient norm {outcome.grad_norm}: {whose}"
+        self.events.tell("skip", step, reason, ranks=[spoiler._asdict() for spoiler in outcome.spoilers])
+        logger.warning("step %d is left out: %s", step, reason)
+        if len(self.progress.skipped) > guard.max_skips:
+            self.run.saver.wait()
+            self.look(evaluates=False)
+            raise Diverged(
+                f"step {step}: {reason}; that is {len(self.progress.skipped)} of the last {guard.window} steps "
+                f"(guard.max_skips={guard.max_skips}); lower optim.lr or optim.clip, or look at the samples in "
+                f"{EVENTS_FILE}, and start again, from the newest checkpoint in {self.config.directory}"
+            )
+
+    def back(self, spike: str) -> bool:
+        """Go back to the newest checkpoint before the last step, if there is one, and pass over what came since.
+
+        Raises Diverged when the run has gone back too often, or cannot.
+        """
+        folder, bad = self.config.directory / "checkpoints", self.progress
+        self.events.tell("spike", bad.step, spike)
+        self.run.saver.wait()
+        if bad.rewinds >= self.config.guard.max_rewinds:
+            raise Diverged(
+                f"step {bad.step}: {spike}, after {bad.rewinds} returns to older checkpoints (guard.max_rewinds); "
+                f"lower optim.lr or optim.clip and start again, from the newest checkpoint in {self.config.directory}"
+            )
+        found = of_main(lambda: find_resumable(checkpoint.newest_before(folder, bad.step)))
+        if found is None:
+            logger.warning("step %d: %s; there is no checkpoint before it to go back to", bad.step, spike)
+            return False
+        self.progress = load(self.run, found).gone_back(bad.batch)
+        if self.run.process.is_main:
+            checkpoint.go_back(folder, found.progress.step)
+        dist.barrier()  # nobody looks at the folder before it has changed
+        first, last = found.progress.batch + 1, bad.batch
+        reason = f"{spike}: back to step {found.progress.step}, batches {first} to {last} are passed over"
+        self.events.tell("rewind", bad.step, reason, to_step=found.progress.step, batches=[first, last])
+        logger.warning("step %d: %s", bad.step, reason)
+        self.close()
+        self.recorder, self.unread, self.owes_save = self._open_recorder(), [], False
+        self.detector = self._prime_detector()
+        self.clock.lap()
+        return True
+
+    def compare_replicas(self) -> None:
+        """Raises Flipped where replicas of a parameter differ, if `guard.checksum_every` asks for it."""
+        if not self.config.guard.checksum_every:
+            return
+        differences = differing_replicas(self.run.named, self.run.grid)
+        if differences:
+            first, step = differences[0], self.progress.step
+            ranks = sorted({rank for difference in differences for rank in difference.ranks})
+            reason = f"{first.name} and {len(differences) - 1} other parameters differ on ranks {ranks}"
+            self.events.tell("flip", step, reason, ranks=ranks, parameters=[d.name for d in differences])
+            self.run.saver.wait()
+            raise Flipped(
+                f"step {step}: {reason}: memory has changed by itself; look at these ranks' machines, and start again, "
+                f"from the newest checkpoint in {self.config.directory}"
+            )
+
+    def stop(self) -> None:
+        """The step is done and saved; raises Stopped."""
+        reasons = enumerate(gathered(self.stops.reason))
+        reason = next(f"rank {rank} was {reason}" for rank, reason in reasons if reason is not None)
+        self.events.tell("signal", self.progress.step, reason)
+        self.run.saver.wait()
+        self._tell_saves()
+        raise Stopped(f"stopped after step {self.progress.step}: {reason}; start again to go on")
+
+    def _tell_saves(self) -> None:
+        for saved in self.run.saver.take_ended():
+            reason = saved.failure or f"in {saved.seconds:.3g} s"
+            self.events.tell("save", saved.step, reason, saved=saved.failure is None, seconds=saved.seconds)
+
+    def close(self) -> None:
+        if self.recorder is not None:
+            self.recorder.close()
 
 
 def write_pictures(pictures_BCHW: Tensor, path: Path) -> None:
@@ -184,16 +384,6 @@ def write_pictures(pictures_BCHW: Tensor, path: Path) -> None:
         save_grid(pictures_BCHW, path)
     except OSError as error:
         logger.error("%s was not written: %s", path, error)
-
-
-def check_finite(run: Run, report: StepReport) -> None:
-    """Raises Diverged when the step's loss or gradient is not finite."""
-    if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
-        run.saver.wait()
-        raise Diverged(
-            f"step {report.step}: loss {report.loss}, gradient norm {report.grad_norm}; lower optim.lr or optim.clip "
-            f"and start again, from the newest checkpoint in {run.config.directory}"
-        )
 
 
 def _due(step: int, every: int, last: bool) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +13,11 @@ from torch import Tensor
 from megadit.data.batch import Batch
 from megadit.diffusion.objective import corrupt
 from megadit.diffusion.timesteps import logit_normal
+from megadit.runtime.agreement import gathered
 from megadit.runtime.seed import stream
 from megadit.training.build import Run
 from megadit.training.lr import learning_rate
+from megadit.training.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,7 @@ class StepReport:
     """What a step did, on every rank alike.
 
     loss: mean over the global batch of what is minimised, a balance loss included. grad_norm: before clipping.
+    skipped: the loss or the norm was not finite, and nothing has changed.
     routing: statistics of each mixture-of-experts layer by name (see `RouterStats`), means over the global batch.
     """
 
@@ -28,6 +33,7 @@ class StepReport:
     loss: float
     grad_norm: float
     lr: float
+    skipped: bool
     routing: dict[int, dict[str, float | list[float]]]
 
 
@@ -38,6 +44,27 @@ class Unread:
     step: int
     lr: float
     values: Tensor  # the gradient's norm, the loss, then for each mixture-of-experts layer its statistics
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the host knows at once of a step; but for `sample_ids` on every rank alike."""
+
+    unread: Unread
+    progress: Progress
+    stops: bool  # a rank wishes to stop
+    loss: float  # the mean over the global batch
+    grad_norm: float
+    sample_ids: list[int]  # of this rank
+    spoilers: list[Spoiler]  # of a step that was skipped: whose numbers are not finite
+
+
+class Spoiler(NamedTuple):
+    """A rank whose own loss or gradient was not finite, before any sum over ranks."""
+
+    rank: int
+    sample_ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -81,15 +108,36 @@ def prepare(run: Run, batch: Batch, step: int, caption_dropout: float) -> tuple[
     return noisy_BCHW.to(device, config.dtype), target_BCHW.to(device, exact), keywords
 
 
-def train_step(run: Run, step: int) -> Unread:
-    """Step `step` (from 1): a function of the parameters, the optimizer's state, run.seed and the step's number."""
-    noisy_BCHW, target_BCHW, keywords = prepare(run, run.loader.batch(step), step, run.config.objective.caption_dropout)
+def train_step(run: Run, progress: Progress, stop: bool = False) -> Outcome:
+    """The step after `progress`: a function of the parameters, the optimizer's state, run.seed and `progress`.
+
+    `stop`: whether this rank wishes to; all learn of it.
+    """
+    step, batch = progress.step + 1, run.loader.batch(progress.batch + 1)
+    noisy_BCHW, target_BCHW, keywords = prepare(run, batch, progress.batch + 1, run.config.objective.caption_dropout)
     loss = run.pipeline.train(noisy_BCHW, target_BCHW, keywords)
     run.engine.reduce_gradients()
     lr = learning_rate(run.config.optim, step, run.config.run.steps)
-    grad_norm = run.engine.step(lr)
-    run.ema.update(step)
-    return Unread(step, lr, averaged(run, loss, grad_norm))
+    update = run.engine.step(lr, loss, told=float(stop))
+    sample_ids = batch.sample_ids_B.tolist()
+    if update.applied:
+        run.ema.update(step)
+    return Outcome(
+        unread=Unread(step, lr, averaged(run, loss, update.norm), skipped=not update.applied),
+        progress=progress.after(update.applied, run.config.guard.window),
+        stops=update.told > 0,
+        loss=update.loss / (run.grid["dp"].size * run.grid["tp"].size),
+        grad_norm=update.grad_norm,
+        sample_ids=sample_ids,
+        spoilers=[] if update.applied else spoilers(run, loss, sample_ids),
+    )
+
+
+def spoilers(run: Run, loss: Tensor, sample_ids: list[int]) -> list[Spoiler]:
+    """The ranks that brought numbers that are not finite. Collective."""
+    is_sound = run.engine.is_sound and math.isfinite(float(loss))
+    found = gathered(None if is_sound else Spoiler(run.process.rank, sample_ids))
+    return [spoiler for spoiler in found if spoiler is not None]
 
 
 SCALARS = ("picks", "unpicked", "busiest", "entropy")  # of `RouterStats`
@@ -129,5 +177,5 @@ def read(run: Run, unread: Sequence[Unread]) -> list[StepReport]:
             routing[layer] = dict(zip(SCALARS, scalars, strict=True))
             if model.routing == "token_choice":  # expert choice loads all experts alike
                 routing[layer]["load"] = load
-        reports.append(StepReport(report.step, loss, grad_norm, report.lr, routing))
+        reports.append(StepReport(report.step, loss, grad_norm, report.lr, report.skipped, routing))
     return reports

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megadit.parallel.grid import Grid
-from megadit.zero.groups import Engine, Fragment, NamedParameters, OptimConfig, ZeroConfig
+from megadit.zero.groups import Engine, Fragment, NamedParameters, OptimConfig, Update, ZeroConfig
 from megadit.zero.reference import ReferenceEngine
 
-__all__ = ["Engine", "Fragment", "NamedParameters", "OptimConfig", "ZeroConfig", "create_engine"]
+__all__ = ["Engine", "Fragment", "NamedParameters", "OptimConfig", "Update", "ZeroConfig", "create_engine"]
 
 
 def create_engine(

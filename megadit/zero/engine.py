@@ -28,8 +28,11 @@ from megadit.zero.groups import (
     Fragment,
     NamedParameters,
     OptimConfig,
+    Update,
+    all_finite,
     global_norm,
     group_parameters,
+    read_update,
     sum_partial,
 )
 
@@ -70,18 +73,31 @@ class _Optimizer(DeepSpeedZeroOptimizer):
             ranges = [g for g in self.averaged_gradients[group_idx] if not getattr(g, "_zero_padding", False)]
             yield from zip(parameters, ranges, strict=True)
 
-    def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
-        """Over this rank's partitions, each element counted once.
-
-        DeepSpeed's own makes a model-parallel all-reduce per parameter group, which hangs when one pipeline stage has
-        experts and another has none.
-        """
+    def look(self, loss: Tensor, told: float) -> Update:
+        """What the step is going to do; makes its one all-reduce, and waits for it."""
         owned = []
         for parameter, gradient in self.partitioned_gradients():
             placement = placement_of(parameter)
             if placement.is_owner(self.grid, sharded=placement.data_axes):
                 owned.append(gradient)
-        return global_norm(owned, self.grid, like=self.single_partition_of_fp32_groups[0])
+        like = self.single_partition_of_fp32_groups[0]
+        self.looked = read_update(*global_norm(owned, self.grid, like, loss, told))
+        return self.looked
+
+    def check_overflow(self, partition_gradients: bool = True) -> None:
+        """DeepSpeed drops the gradients and changes nothing where `overflow` says so.
+
+        Its own looks through the gradients again, and not at all in bf16.
+        """
+        self.overflow = not self.looked.applied
+
+    def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
+        """Over all ranks' partitions, each element counted once.
+
+        DeepSpeed's own makes a model-parallel all-reduce per parameter group, which hangs when one pipeline stage has
+        experts and another has none.
+        """
+        return self.looked.norm
 
 
 class ZeroEngine:
@@ -101,6 +117,7 @@ class ZeroEngine:
         _attach_to_process_group()
         self.named, self.grid = named, grid
         self._arrived: set[str] = set()  # names of the parameters that have had a gradient in this step
+        self._sound: list[Tensor] = []  # of each look at gradients before they are summed: whether they are finite
         expert_group = f"ep_size_{grid['ep'].size}"  # DeepSpeed parses this name
         param_groups = []
         for group in group_parameters(named, config.weight_decay, decays):
@@ -136,7 +153,7 @@ class ZeroEngine:
             communication_data_type=torch.float32,
             partition_grads=partition_gradients,
             has_moe_layers=has_experts,
-            check_grad_overflow=False,
+            check_grad_overflow=True,  # by `_Optimizer.check_overflow`
         )
         # DeepSpeed does without in stage 2, and divides bf16 gradients in bf16: bits are lost unless the size of dp is
         # a power of two.
@@ -157,8 +174,21 @@ class ZeroEngine:
         self.optimizer._hp_optimizer_states_linked = False
         self.optimizer._lazy_init_hp_params_optimizer_state()
 
+    @property
+    def _takes_away(self) -> bool:
+        """Whether the gradients of a microbatch leave `p.grad` before the next one's come."""
+        return self.optimizer.use_grad_accum_attribute or self.optimizer.partition_gradients
+
+    @property
+    def is_sound(self) -> bool:
+        return all(bool(sound) for sound in self._sound)
+
     def accumulate(self) -> None:
+        if not self._arrived:
+            self._sound.clear()
         found = [(name, parameter) for name, parameter in self.named if parameter.grad is not None]
+        if self._takes_away:
+            self._look_at(found)
         self._arrived.update(name for name, _ in found)
         for _, parameter in found:
             # DeepSpeed copies flat views, and drops `grad.data`: a schedule may leave a transposed gradient, and one
@@ -169,10 +199,16 @@ class ZeroEngine:
         if self.optimizer.partition_gradients and found:
             self._reduce_over_data()
 
+    def _look_at(self, found: NamedParameters) -> None:
+        gradients = [parameter.grad for _, parameter in found if parameter.grad is not None]
+        self._sound.append(all_finite(gradients, like=self.named[0][1]))
+
     def reduce_gradients(self) -> None:
         self.accumulate()
         missing = [name for name, _ in self.named if name not in self._arrived]
         assert not missing, f"{missing[0]} has no gradient: every parameter takes part in every step"
+        if not self._takes_away:
+            self._look_at(self.named)
         self._arrived.clear()
         if not self.optimizer.partition_gradients:
             self._reduce_over_data()
@@ -187,12 +223,12 @@ class ZeroEngine:
             # What others own: DeepSpeed would keep it, and with it the whole bucket, until the step.
             parameter.grad_accum = None  # type: ignore[attr-defined]
 
-    def step(self, lr: float) -> Tensor:
+    def step(self, lr: float, loss: Tensor, told: float = 0.0) -> Update:
+        update = self.optimizer.look(loss, told)
         self.optimizer.set_lr(lr)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        # A plain number when it is not finite and DeepSpeed has skipped the step.
-        return torch.as_tensor(self.optimizer._global_grad_norm)
+        return update
 
     def fragments(self) -> list[Fragment]:
         found = []

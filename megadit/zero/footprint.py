@@ -482,8 +482,8 @@ def adamw_temporaries(group: FlatGroup, foreach: bool) -> int:
 
 
 def norm_call(layout: Layout, itemsize: int) -> list[Call]:
-    """One number is summed over the world."""
-    return [("world", "all-reduce", itemsize)] if len(layout.ranks.flatten()) > 1 else []
+    """The square, the loss, and what ranks tell are summed over the world."""
+    return [("world", "all-reduce", 3 * itemsize)] if len(layout.ranks.flatten()) > 1 else []
 
 
 def state_of(

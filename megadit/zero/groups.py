@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -88,8 +89,22 @@ class Fragment:
     sharded: tuple[str, ...]
 
 
+class Update(NamedTuple):
+    """What a step of an engine did; the same on every rank."""
+
+    norm: Tensor  # of the whole gradient before clipping, 0-dim, on the device
+    applied: bool  # False: the norm or a loss is not finite, so that nothing has changed
+    grad_norm: float  # the norm, on the host
+    loss: float  # the sum of all ranks' losses
+    told: float  # the sum of what each rank told
+
+
 class Engine(Protocol):
     """Reduces gradients and updates parameters. A step: accumulate after each backward pass, reduce_gradients, step."""
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether all gradients that this rank brought to the last step, before any were summed, are finite."""
 
     def accumulate(self) -> None:
         """After the backward pass of one microbatch of a stage: take gradients that must not pile up in `p.grad`."""
@@ -100,8 +115,11 @@ class Engine(Protocol):
         After the last microbatch; what is still in `p.grad` is accumulated first.
         """
 
-    def step(self, lr: float) -> Tensor:
-        """Clip, update, clear the gradients. Returns the gradient's norm before clipping, a 0-dim tensor."""
+    def step(self, lr: float, loss: Tensor, told: float = 0.0) -> Update:
+        """Clip, update, clear the gradients; where the gradient's norm or any rank's `loss` is not finite, only clear.
+
+        All ranks learn the sum of the numbers that they have `told`, in the norm's own all-reduce.
+        """
 
     def fragments(self) -> list[Fragment]:
         """The live state, for saving, or for loading in place before the first step."""
@@ -133,12 +151,28 @@ def all_reduce_gradients(gradients: Sequence[Tensor], axes: tuple[str, ...], gri
         gradient.copy_(reduced.view_as(gradient))
 
 
-def global_norm(owned: Iterable[Tensor], grid: Grid, like: Tensor) -> Tensor:
+def global_norm(owned: Iterable[Tensor], grid: Grid, like: Tensor, loss: Tensor, told: float) -> tuple[Tensor, Tensor]:
     """The Euclidean norm over all parameters, from the tensors that this rank owns: ONE all-reduce of the world.
 
-    One for all parameter groups, so that a stage without experts makes as many collectives as one with them.
+    One for all parameter groups, so that a stage without experts makes as many collectives as one with them. With it
+    go this rank's loss and what it tells the others: returns the norm, and the sums [squares, loss, told].
     """
     squares = torch.zeros((), dtype=like.dtype, device=like.device)
     for gradient in owned:
         squares += torch.linalg.vector_norm(gradient).square()
-    return grid["world"].all_reduce(squares).sqrt()
+    sums = grid["world"].all_reduce(torch.stack([squares, loss.to(squares), torch.full_like(squares, told)]))
+    return sums[0].sqrt(), sums
+
+
+def read_update(norm: Tensor, sums: Tensor) -> Update:
+    """What `global_norm` returned, on the host, which waits here for the backward pass: the step's one host sync."""
+    squares, loss, told = sums.tolist()  # host sync
+    return Update(norm, math.isfinite(squares) and math.isfinite(loss), math.sqrt(squares), loss, told)
+
+
+def all_finite(tensors: list[Tensor], like: Tensor) -> Tensor:
+    """Whether every element of every tensor is finite, a 0-dim tensor on the device: one pass over their memory."""
+    if not tensors:
+        return torch.ones((), dtype=torch.bool, device=like.device)
+    # The largest magnitude of each; a sum of squares would overflow where no element does.
+    return torch.stack([norm.float() for norm in torch._foreach_norm(tensors, math.inf)]).isfinite().all()

@@ -13,9 +13,12 @@ from megadit.zero.groups import (
     Fragment,
     NamedParameters,
     OptimConfig,
+    Update,
+    all_finite,
     all_reduce_gradients,
     global_norm,
     group_parameters,
+    read_update,
     sum_partial,
 )
 
@@ -40,26 +43,35 @@ class ReferenceEngine:
                 **{moment: torch.zeros_like(parameter, memory_format=torch.contiguous_format) for moment in MOMENTS},
             }
 
+        self._sound = torch.ones((), dtype=torch.bool)
+
+    @property
+    def is_sound(self) -> bool:
+        return bool(self._sound)
+
     def accumulate(self) -> None:
         """Nothing: gradients pile up in `p.grad`, in the parameters' own precision."""
 
     def reduce_gradients(self) -> None:
+        gradients = [p.grad for _, p in self.named if p.grad is not None]
+        self._sound = all_finite(gradients, like=self.named[0][1])
         sum_partial([(p, p.grad) for _, p in self.named if p.grad is not None], self.grid)
         for group in self.groups:
             gradients = [p.grad for p in group.parameters if p.grad is not None]
             all_reduce_gradients(gradients, group.data_axes, self.grid, divide_by=self.grid["dp"].size)
 
-    def step(self, lr: float) -> Tensor:
+    def step(self, lr: float, loss: Tensor, told: float = 0.0) -> Update:
         held = [parameter for _, parameter in self.named if parameter.grad is not None]
         owned = [p.grad for p in held if p.grad is not None and placement_of(p).is_owner(self.grid)]
-        norm = global_norm(owned, self.grid, like=held[0])
-        if self.config.clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(held, self.config.clip, norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        update = read_update(*global_norm(owned, self.grid, held[0], loss, told))
+        if update.applied:
+            if self.config.clip > 0:
+                torch.nn.utils.clip_grads_with_norm_(held, self.config.clip, update.norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return update
 
     def fragments(self) -> list[Fragment]:
         return [

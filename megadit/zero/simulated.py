@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from megadit.parallel.grid import Grid
 from megadit.parallel.placement import placement_of
 from megadit.zero.footprint import Fill, LocalParameter, Range, Sending, ZeroState, local_parameters
-from megadit.zero.groups import MAX_BUCKET, Fragment, NamedParameters, OptimConfig, global_norm, sum_partial
+from megadit.zero.groups import (
+    MAX_BUCKET,
+    Fragment,
+    NamedParameters,
+    OptimConfig,
+    Update,
+    global_norm,
+    sum_partial,
+)
 
 # torch 2.13 renamed it.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -182,16 +190,18 @@ class SimulatedZero:
             if piece.owner == group.rank:
                 where.copy_(values)
 
-    def _norm(self) -> Tensor:
+    @property
+    def is_sound(self) -> bool:
+        """True: nothing is computed."""
+        return True
+
+    def step(self, lr: float, loss: Tensor, told: float = 0.0) -> Update:
         owned = []
         for parameter, gradient in self._partitioned_gradients():
             placement = placement_of(parameter)
             if placement.is_owner(self.grid, sharded=placement.data_axes):
                 owned.append(gradient)
-        return global_norm(owned, self.grid, like=self.master_parts[0])
-
-    def step(self, lr: float) -> Tensor:
-        norm = self._norm()
+        norm, _ = global_norm(owned, self.grid, self.master_parts[0], loss, told)
         groups = self.optimizer.param_groups
         for g, (master, flat, group) in enumerate(zip(self.master_parts, self.flats, self.state.groups, strict=True)):
             master.grad = self._parts.pop(g)
@@ -203,7 +213,7 @@ class SimulatedZero:
             flat.narrow(0, group.rank * group.part, group.part).copy_(master)
         self.optimizer.param_groups = groups
         self._gather()
-        return norm
+        return Update(norm, applied=True, grad_norm=0.0, loss=0.0, told=0.0)
 
     def _gather(self) -> None:
         """Every rank gets the parts of all."""

@@ -15,6 +15,7 @@ from megadit.conversion.export import Export, export_weights
 from megadit.conversion.run_folder import import_weights
 from megadit.training.config import load_config
 from megadit.training.loop import save
+from megadit.training.progress import Progress
 from tests.conversion.made import CONFIG, assert_same, files_in, make_run, read_config, silent
 from tests.ranks import run_ranks
 from tests.training.assembled import assembled
@@ -124,7 +125,7 @@ def hold(rank, world_size, folder, tensor, expert):
     layout = [f"parallel.tensor={tensor}", f"parallel.expert={expert}"]
     run = assembled(rank, world_size, f"run.dir={folder}", *layout, *WIDE)
     folder.mkdir(parents=True, exist_ok=True)
-    save(run, 0)
+    save(run, Progress())
     return run.grid["tp"].rank, run.grid["ep"].rank, {name: p.detach().numpy() for name, p in run.named}
 
 

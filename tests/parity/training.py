@@ -15,9 +15,9 @@ from megadit.parallel.init import Normal
 from megadit.training.build import Run
 from megadit.training.config import load_config
 from megadit.training.state import logical_state
-from megadit.training.step import read, train_step
+from megadit.training.step import read
 from tests.ranks import run_ranks
-from tests.training.assembled import assembled, redraw
+from tests.training.assembled import assembled, make_step, redraw
 
 CONFIG = "tests/configs/parity.yaml"
 TIE = 5e-6  # relative; rounding to float32 moves half of the affinities by 5e-7 or less, and one in a thousand by this
@@ -76,7 +76,7 @@ def train(rank: int, world_size: int, overrides: Sequence[str]) -> tuple[Any, ..
     run = start(rank, world_size, overrides)
     unread, moments = [], {}
     for step in range(1, run.config.run.steps + 1):
-        unread.append(train_step(run, step))
+        unread.append(make_step(run, step))
         if step == 1:
             moments = owned(run, "exp_avg")
     reports = read(run, unread)

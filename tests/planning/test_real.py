@@ -34,11 +34,10 @@ def measured(rank: int, world_size: int, overrides: tuple[str, ...]) -> dict[str
     """Of the second step, in which nothing is set up any more: bytes before it, the most during it, its collectives."""
     from torch.profiler import ProfilerActivity, profile
 
-    from megadit.training.step import train_step
-    from tests.training.assembled import assembled
+    from tests.training.assembled import assembled, make_step
 
     run = assembled(rank, world_size, *overrides, path=CONFIG)
-    train_step(run, 1)
+    make_step(run, 1)
     storages = {
         storage._cdata: storage.nbytes() for storage in (parameter.untyped_storage() for _, parameter in run.named)
     }
@@ -48,14 +47,14 @@ def measured(rank: int, world_size: int, overrides: tuple[str, ...]) -> dict[str
         fragments["masters" if fragment.kind == "master" else "moments"] += fragment.flat.nbytes
     averages = sum(average.flat.nbytes for average in run.ema.averages)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        train_step(run, 2)
+        make_step(run, 2)
     live = peak = 0
     for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":
             live += event.nbytes()
             peak = max(peak, live)
     with Meter(run.grid, torch.device("cpu")) as meter:
-        train_step(run, 3)
+        make_step(run, 3)
     return {
         "weights": weights,
         **fragments,

@@ -42,7 +42,7 @@ def step_costs(rank, world_size, overrides):
         backward(run, step)
         with Dispatched() as dispatched:
             run.engine.reduce_gradients()
-            run.engine.step(1e-3)
+            run.engine.step(1e-3, torch.zeros(()))
             run.ema.update(step)
     stage, layout = run.config.zero.stage, Layout.of(run.config.parallel, world_size)
     parameters = local_parameters([stage.named_parameters() for stage in run.stages], decays)

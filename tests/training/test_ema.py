@@ -6,12 +6,11 @@ import torch
 from megadit.parallel.placement import Placement, placed
 from megadit.training.ema import Ema, EmaConfig
 from megadit.training.state import logical_state
-from megadit.training.step import train_step
 from megadit.zero import OptimConfig
 from megadit.zero.reference import ReferenceEngine
 from tests.parity.training import assemble, owned
 from tests.ranks import run_ranks
-from tests.training.assembled import assembled
+from tests.training.assembled import assembled, make_step
 
 SHAPES = {"matrix": (3, 4), "vector": (5,), "single": (1,)}
 
@@ -116,16 +115,19 @@ def weights_held(run):
 
 
 def train(rank, world_size, overrides, swaps):
-    """Two steps, the averages in and out again if `swaps`, and a third step; what this rank has at each point."""
-    run = assembled(rank, world_size, "optim.lr=0.02", *overrides)
+    """Two steps, the averages in and out again if `swaps`, and a third step; what this rank has at each point.
+
+    eps: a gradient that is nothing but rounding must not become a whole step of AdamW's.
+    """
+    run = assembled(rank, world_size, "optim.lr=0.02", "optim.eps=1e-5", *overrides)
     for step in (1, 2):
-        train_step(run, step)
+        make_step(run, step)
     averages, inside = owned(run, "ema"), None
     if swaps:
         with run.ema.swapped_in():
             inside = weights_held(run)
     outside = weights_held(run)
-    loss = float(train_step(run, 3).values[1])
+    loss = float(make_step(run, 3).values[1])
     held = sum(f.flat.numel() for f in run.ema.averages), sum(f.flat.numel() for f in run.engine.masters())
     after = {kind: owned(run, kind) for kind in ("ema", "exp_avg")}
     return averages, inside, outside, loss, after, weights_held(run), held
@@ -199,9 +201,9 @@ def third_update(rank, world_size, overrides):
     """How many averages the third step leaves as the masters make them, and how many the rounded weights would not."""
     run = assembled(rank, world_size, "optim.lr=0.02", *overrides)
     for step in (1, 2):
-        train_step(run, step)
+        make_step(run, step)
     before = [f.flat.clone() for f in run.ema.averages]
-    train_step(run, 3)
+    make_step(run, 3)
     right = other = 0
     for kept, average, master in zip(before, run.ema.averages, run.ema.masters, strict=True):
         right += int((average.flat == kept.lerp(master.flat, 9 / 12)).sum())

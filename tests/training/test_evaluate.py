@@ -5,9 +5,9 @@ import torch
 
 from megadit.diffusion.objective import velocity_loss
 from megadit.training.evaluate import heldout_loss, sample_pictures
-from megadit.training.step import prepare, train_step
+from megadit.training.step import prepare
 from tests.ranks import run_ranks
-from tests.training.assembled import assembled
+from tests.training.assembled import assembled, make_step
 
 CLASSES = ["model.conditioning=class", "model.classes=10"]
 CONDITIONS = {"text": [], "class": CLASSES}
@@ -23,7 +23,7 @@ def trained(rank, world_size, overrides):
     large = ["data.global_batch=64", "data.micro_batch=16"]  # fewer forward passes over the held-out split
     run = assembled(rank, world_size, "optim.lr=0.02", *large, *overrides)
     for step in (1, 2):
-        train_step(run, step)
+        make_step(run, step)
     return run
 
 

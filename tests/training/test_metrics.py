@@ -13,7 +13,7 @@ from megadit.training.step import StepReport
 
 def report(step, loss=None):
     routing = {1: {"unpicked": 0.25, "entropy": step / 3}}
-    return StepReport(step, 1 / step if loss is None else loss, math.sqrt(step), 1e-4 / 3, routing)
+    return StepReport(step, 1 / step if loss is None else loss, math.sqrt(step), 1e-4 / 3, False, routing)
 
 
 def record(folder, start, last, tensorboard=False, steps=10):

@@ -16,10 +16,11 @@ import torch
 from megadit import checkpoint
 from megadit.training.loop import resume, save
 from megadit.training.state import logical_state
-from megadit.training.step import read, train_step
+from megadit.training.step import read
 from tests.parity.cases import Case, Layout
 from tests.parity.training import oracle, start
 from tests.ranks import run_ranks
+from tests.training.assembled import after, make_step
 
 HALF, WHOLE = 5, 10
 ENGINES = {
@@ -79,20 +80,20 @@ def go_on(rank, world_size, overrides, folder, saves):
     """Make the steps after the newest checkpoint of the folder: (where it began, losses, gradient norms)."""
     run = start(rank, world_size, (*overrides, f"run.dir={folder}", "checkpoint.keep=0"))
     begin, unread = resume(run), []
-    for step in range(begin + 1, WHOLE + 1):
-        unread.append(train_step(run, step))
+    for step in range(begin.step + 1, WHOLE + 1):
+        unread.append(make_step(run, step))
         if step in saves:
-            save(run, step)
+            save(run, after(step))
     run.saver.wait()
     assert run.saver.failure is None
     reports = read(run, unread)
-    return begin, [report.loss for report in reports], [report.grad_norm for report in reports]
+    return begin.step, [report.loss for report in reports], [report.grad_norm for report in reports]
 
 
 def load_and_save(rank, world_size, overrides, folder, out):
     """Save again what this layout has loaded of the folder's checkpoint."""
     run = start(rank, world_size, (*overrides, f"run.dir={folder}"))
-    step = resume(run)
+    step = resume(run).step
     state = logical_state(run.named, run.ema, run.engine, run.grid, owned_only=True)
     checkpoint.save(out / "checkpoints", step, state, {"config": run.config.to_dict(), "megadit": "test"})
     return step

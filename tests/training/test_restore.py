@@ -14,11 +14,12 @@ from megadit.runtime.launch import Process
 from megadit.training.build import named_parameters
 from megadit.training.config import check, images_per_group, load_config
 from megadit.training.evaluate import sample_pictures
-from megadit.training.loop import prepare_directory, save, train
+from megadit.training.loop import save
+from megadit.training.progress import Progress
 from megadit.training.restore import as_drawn, open_sampler
 from megadit.training.state import logical_state
 from tests.ranks import run_ranks
-from tests.training.assembled import CONFIG, assembled
+from tests.training.assembled import CONFIG, after, assembled, train_alone
 
 STEPS = 3
 PROMPTS = ["a handwritten three", "the digit 7", "number one"]
@@ -28,8 +29,7 @@ def train_and_draw(rank, world_size, folder, overrides):
     """Train; this rank's averages as [(name, offsets, part)], and the pictures that its ranks draw together."""
     layout = ["parallel.tensor=2", "parallel.expert=2", "run.dtype=float32", "zero.stage=1"]
     run = assembled(rank, world_size, f"run.dir={folder}", f"run.steps={STEPS}", "optim.lr=0.02", *layout, *overrides)
-    prepare_directory(run)
-    train(run, 0)
+    train_alone(run, Progress())
     state = logical_state(run.named, run.ema, run.engine, run.grid, owned_only=False)
     averages = [
         (name.removeprefix("ema."), piece.offsets, piece.tensor.numpy().copy())
@@ -235,9 +235,8 @@ def test_pictures_drawn_one_by_one_are_those_drawn_together(trained):
 
 def save_twice(rank, world_size, folder):
     run = assembled(rank, world_size, f"run.dir={folder}")
-    prepare_directory(run)
     for step in (3, 11):
-        save(run, step)
+        save(run, after(step))
 
 
 def newest(rank, world_size, folder):

@@ -8,10 +8,11 @@ import pytest
 
 from megadit import checkpoint
 from megadit.training.config import load_config
-from megadit.training.loop import Unsaved, prepare_directory, resume, train
+from megadit.training.loop import Unsaved, resume
 from megadit.training.metrics import METRICS_FILE, Recorder, read_metrics
+from megadit.training.progress import Progress
 from tests.ranks import run_ranks, train_on
-from tests.training.assembled import CONFIG, assembled
+from tests.training.assembled import CONFIG, assembled, train_alone
 from tests.training.test_metrics import report
 
 ZERO1 = ["run.dtype=float32", "zero.stage=1"]
@@ -54,7 +55,7 @@ def test_a_checkpoint_says_what_it_is_of_and_holds_nobodys_own_state(tmp_path):
     manifest = checkpoint.read_manifest(checkpoint.latest(tmp_path / "checkpoints"))
     assert manifest.keys() == {"format", "step", "metadata", "files", "tensors"}
     assert manifest["step"] == 1
-    assert manifest["metadata"].keys() == {"config", "megadit"}
+    assert manifest["metadata"].keys() == {"config", "megadit", "progress"}
     assert manifest["metadata"]["config"] == json.loads(json.dumps(load_config(tmp_path / "config.yaml").to_dict()))
     assert manifest["metadata"]["config"]["run"]["seed"] == 7
     names = {tuple(name.split(".", 1)) for name in manifest["tensors"]}
@@ -89,11 +90,10 @@ def train_on_a_full_disk(rank, world_size, overrides, ranks, begin, end):
     """How the training ends, and the checkpoints that it leaves; then it goes on, with room."""
     settings = ["log.every=1", "checkpoint.every=2", "checkpoint.keep=0"]
     run = assembled(rank, world_size, *settings, *overrides)
-    prepare_directory(run)
     loader = Without(run, ranks, begin, end)
     ending = "finished"
     try:
-        train(replace(run, loader=loader), 0)
+        train_alone(replace(run, loader=loader), Progress())
     except Unsaved as error:
         ending = str(error)
     finally:
@@ -101,9 +101,9 @@ def train_on_a_full_disk(rank, world_size, overrides, ranks, begin, end):
     left = steps_kept(run.config.directory), sorted(path.name for path in run.config.directory.glob("checkpoints/*"))
     again = assembled(rank, world_size, *settings, *overrides)
     start = resume(again)
-    if start < again.config.run.steps:
-        train(again, start)
-    return ending, left, start
+    if start.step < again.config.run.steps:
+        train_alone(again, start)
+    return ending, left, start.step
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +190,7 @@ STAGES = {
 
 def resumed_weights(rank, world_size, overrides):
     run = assembled(rank, world_size, *overrides)
-    assert resume(run) == 2
+    assert resume(run).step == 2
     return {name: parameter.detach().float().numpy().copy() for name, parameter in run.named}
 
 

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from megadit.training.state import logical_state
-from megadit.training.step import train_step
 from tests.ranks import run_ranks
-from tests.training.assembled import assembled
+from tests.training.assembled import assembled, make_step
 
 STAGES = {
     0: ["run.dtype=float64", "zero.stage=0"],
@@ -33,7 +32,7 @@ def as_numpy(tensor):
 def pieces(rank, world_size, overrides):
     """What this rank owns and what it holds, as {name: (whole shape, dtype, [(offsets, values)])}, after one step."""
     run = assembled(rank, world_size, *overrides)
-    train_step(run, 1)
+    make_step(run, 1)
     owned, held = (
         {
             name: (

@@ -7,9 +7,9 @@ import torch
 
 from megadit.data.batch import Batch
 from megadit.diffusion.objective import corrupt, velocity_loss
-from megadit.training.step import draw, prepare, read, train_step
+from megadit.training.step import draw, prepare, read
 from tests.ranks import run_ranks
-from tests.training.assembled import assembled
+from tests.training.assembled import assembled, make_step
 
 
 def batch_of(ids):
@@ -91,7 +91,7 @@ def one_step(rank, world_size, overrides):
     gradients = torch.autograd.grad(loss, run.stages[0].parameters())
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
     before = [parameter.detach().clone() for parameter in run.stages[0].parameters()]
-    (report,) = read(run, [train_step(run, 1)])
+    (report,) = read(run, [make_step(run, 1)])
     largest = max((p - b).abs().max().item() for p, b in zip(run.stages[0].parameters(), before, strict=True))
     cleared = all(parameter.grad is None for parameter in run.stages[0].parameters())
     return report, loss.item(), norm.item(), largest, cleared
@@ -112,7 +112,7 @@ def test_a_step_reports_the_mean_loss_and_the_norm_before_clipping():
 
 def reported(rank, world_size, overrides):
     run = assembled(rank, world_size, *overrides)
-    return read(run, [train_step(run, 1), train_step(run, 2)])
+    return read(run, [make_step(run, 1), make_step(run, 2)])
 
 
 TOKEN_CHOICE = ["model.routing=token_choice", "model.balance_loss=0.1"]

@@ -86,7 +86,7 @@ def stepped(grid, stage, dtype, count, announced, bucket):
                 if announced:
                     optimizer.accumulate()
         optimizer.reduce_gradients()
-        norm = optimizer.step(0.0)
+        norm = optimizer.step(0.0, torch.zeros(())).norm
         expected = {name: expected_gradient(name, layout, rank, microbatches, dtype) for name, _ in named}
         for fragment in optimizer.fragments():
             if fragment.kind == "exp_avg":
@@ -156,7 +156,7 @@ def kept(rank, world_size, stage, dtype):
             if stage == 2:
                 assert all(p.grad is None and p.grad_accum is None for _, p in named)
     optimizer.reduce_gradients()
-    optimizer.step(1e-3)
+    optimizer.step(1e-3, torch.zeros(()))
     assert settled_bytes(named, before + 4) <= before + 4  # the norm
     return most, allowed, whole
 
@@ -178,7 +178,7 @@ def without_one(rank, world_size, stage):
                 leave(parameter, torch.ones_like(parameter))
         optimizer.accumulate()
         optimizer.reduce_gradients()
-        optimizer.step(1e-3)
+        optimizer.step(1e-3, torch.zeros(()))
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -238,7 +238,7 @@ def small_updates(rank, world_size, stage):
         parameter.grad = torch.full_like(parameter, 0.01)
         optimizer.accumulate()
         optimizer.reduce_gradients()
-        optimizer.step(1e-4)
+        optimizer.step(1e-4, torch.zeros(()))
         reference -= 1e-4
         masters = [f for f in optimizer.fragments() if f.kind == "master"]
         for master in masters:

@@ -104,7 +104,7 @@ def measured(run):
             run.engine.reduce_gradients()
         taken.append(live.take())
         with live:
-            run.engine.step(rate(step))
+            run.engine.step(rate(step), torch.zeros(()))
         taken.append(live.take())
         assert not gradients(run)
     found = {key: storage_bytes(tensors) for key, tensors in held(run).items()}
@@ -252,7 +252,7 @@ def played(grid, stages, stage, dtype, bucket, turns, foreach):
             player.reduce_gradients()
         taken.append(live.take())
         with live:
-            player.step(1e-3)
+            player.step(1e-3, torch.zeros((), device="meta"))
         taken.append(live.take())
         assert live.total() == 0
     found |= {"gradients": between, "flat copies": live.joined}
