@@ -1,4 +1,4 @@
-"""One training of four processes as two tensor-parallel pairs: what every way to start it, and to stop it, must equal."""
+"""One training of four processes, as two tensor-parallel pairs: what all ways to start and to stop it must equal."""
 
 import subprocess
 

@@ -1,7 +1,7 @@
 """Hosts of a network on this machine: each has its network, host name, /etc/hosts, mounts and process numbers.
 
-A host is a set of Linux namespaces that lives as long as its first process, which ends when its standard input does: with
-the test, however that ends. Nothing of it is seen or left outside.
+A host is a set of Linux namespaces that lives as long as its first process, which ends when its standard input does:
+with the test, however that ends. Nothing of it is seen or left outside.
 """
 
 import os

@@ -83,7 +83,8 @@ class Cluster:
         self._daemon("slurmctld", "-D", "-c")
         for node in NODES:
             self._daemon("slurmd", "-D", "-N", node)
-        self._await("nodes", lambda: self.run("sinfo", "--noheader", "-o", "%T %D", check=False).split() == ["idle", "2"])
+        states = ("sinfo", "--noheader", "--format=%T %D")
+        self._await("nodes", lambda: self.run(*states, check=False).split() == ["idle", "2"])
 
     def _daemon(self, *command: str) -> None:
         with open(self.folder / f"{command[0]}-{len(self.daemons)}.out", "w") as output:
