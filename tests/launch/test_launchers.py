@@ -1,35 +1,18 @@
 """Real processes: whatever starts them, the same training has the same losses."""
 
-import os
 import subprocess
 import sys
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 
 from megadit.training.metrics import METRICS_FILE, read_metrics
+from tests.launch.environment import environ
 from tests.ranks import free_port
 
 CONFIG = "tests/configs/tiny.yaml"
 STEPS = 3
 TIME_LIMIT = 240  # seconds
-# What a launcher may have left in the environment of the tests themselves.
-LAUNCHERS_KEYS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "ENVIRONMENT", "HOSTFILE", "NPROC", "PORT")
-LAUNCHERS_PREFIXES = ("SLURM_", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_")
-
-
-def environ(**extra):
-    """The environment of a shell that knows where this Python's programs are, and of no launcher."""
-    kept = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in LAUNCHERS_KEYS and not key.startswith(LAUNCHERS_PREFIXES)
-    }
-    kept["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
-    # On the CPU also where there is a GPU, so that losses compare.
-    kept |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    return kept | {key: str(value) for key, value in extra.items()}
 
 
 def run(folder, *starts):
