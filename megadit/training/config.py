@@ -23,7 +23,7 @@ from megadit.data.loader import DataConfig
 from megadit.diffusion.objective import ObjectiveConfig
 from megadit.model.config import PRESETS, ROUTING_PRESETS, ECDiTConfig
 from megadit.model.text import TextConfig
-from megadit.parallel.grid import Layout, ParallelConfig
+from megadit.parallel.grid import Fallback, Layout, ParallelConfig
 from megadit.sampling.generate import SampleConfig
 from megadit.training.ema import EmaConfig
 from megadit.training.guard import GuardConfig
@@ -174,6 +174,10 @@ def parse(raw: Mapping[str, Any], source: str) -> RunConfig:
         for key in values:
             check_known(key, fields, "key", prefix=f"{section}.")
         expanded[section] = {fields[key]: value for key, value in values.items()}
+    others = expanded.get("parallel", {}).get("fallbacks")
+    for i, other in enumerate(others if isinstance(others, list) else []):
+        for key in other if isinstance(other, Mapping) else {}:
+            check_known(key, [f.name for f in dataclasses.fields(Fallback)], "key", f"parallel.fallbacks[{i}].")
     preset = expanded.get("model", {}).get("preset") or ""
     if preset:
         check_known(preset, PRESETS, "model.preset")

@@ -231,9 +231,12 @@ class Course:
                 self.skipped(outcome)
             elif self.detector and (spike := self.detector.look(outcome.loss, outcome.grad_norm)) and self.back(spike):
                 continue
+            asked = self.asked() if outcome.stops else None
             self.between(outcome)
-            if outcome.stops and self.progress.step < self.config.run.steps:
-                self.stop()
+            if asked and self.progress.step < self.config.run.steps:
+                self.run.saver.wait()
+                self._tell_saves()
+                raise Stopped(f"stopped after step {self.progress.step}: {asked}; start again to go on")
         self.run.saver.wait()
         self._tell_saves()
         if self.run.saver.failure is not None:
@@ -250,8 +253,8 @@ class Course:
         last = step == config.run.steps
         evaluates, draws = _due(step, log.evaluate_every, last), _due(step, log.sample_every, last)
         saves = _due(step, config.checkpoint.every, last) or outcome.stops or self.owes_save
-        if saves and outcome.unread.skipped and not last:
-            # The weights may be what spoils the steps: they are saved when a step has shown otherwise.
+        if saves and outcome.unread.skipped:
+            # The weights may be to blame: they are saved when another step has succeeded.
             saves, self.owes_save = False, not outcome.stops
         if saves or self.config.guard.checksum_every and _due(step, self.config.guard.checksum_every, last):
             self.compare_replicas()
@@ -297,19 +300,23 @@ class Course:
         return [[sample for ids in of_ranks for sample in ids[i]] for i in range(len(self.unread))]
 
     def skipped(self, outcome: Outcome) -> None:
-        """Tell of a step that was left out. Raises Diverged when there are too many."""
+        """Tell of a step that was left out. Raises Diverged when there are too many, or it is the last one: whether the
+        weights are to blame is not known, so nothing is saved before another step has succeeded.
+        """
         guard, step = self.config.guard, self.progress.step
         whose = ", ".join(f"rank {spoiler.rank}" for spoiler in outcome.spoilers) or "no rank's own, but their sum"
         reason = f"loss {outcome.loss}, gradient norm {outcome.grad_norm}: {whose}"
         self.events.tell("skip", step, reason, ranks=[spoiler._asdict() for spoiler in outcome.spoilers])
         logger.warning("step %d is left out: %s", step, reason)
-        if len(self.progress.skipped) > guard.max_skips:
+        last = step == self.config.run.steps
+        if last or len(self.progress.skipped) > guard.max_skips:
             self.run.saver.wait()
             self.look(evaluates=False)
+            why = "it is the last step" if last else f"guard.max_skips={guard.max_skips}"
             raise Diverged(
-                f"step {step}: {reason}; that is {len(self.progress.skipped)} of the last {guard.window} steps "
-                f"(guard.max_skips={guard.max_skips}); lower optim.lr or optim.clip, or look at the samples in "
-                f"{EVENTS_FILE}, and start again, from the newest checkpoint in {self.config.directory}"
+                f"step {step}: {reason}; {len(self.progress.skipped)} of the last {guard.window} steps are left out "
+                f"({why}); lower optim.lr or optim.clip, or look at the samples in {EVENTS_FILE}, and start again, "
+                f"from the newest checkpoint in {self.config.directory}"
             )
 
     def back(self, spike: str) -> bool:
@@ -359,14 +366,12 @@ class Course:
                 f"from the newest checkpoint in {self.config.directory}"
             )
 
-    def stop(self) -> None:
-        """The step is done and saved; raises Stopped."""
+    def asked(self) -> str:
+        """Which rank is asked to stop, and by what."""
         reasons = enumerate(gathered(self.stops.reason))
-        reason = next(f"rank {rank} was {reason}" for rank, reason in reasons if reason is not None)
+        reason = next(f"rank {rank}: {reason}" for rank, reason in reasons if reason is not None)
         self.events.tell("signal", self.progress.step, reason)
-        self.run.saver.wait()
-        self._tell_saves()
-        raise Stopped(f"stopped after step {self.progress.step}: {reason}; start again to go on")
+        return reason
 
     def _tell_saves(self) -> None:
         for saved in self.run.saver.take_ended():

@@ -73,7 +73,7 @@ class _Optimizer(DeepSpeedZeroOptimizer):
             ranges = [g for g in self.averaged_gradients[group_idx] if not getattr(g, "_zero_padding", False)]
             yield from zip(parameters, ranges, strict=True)
 
-    def look(self, loss: Tensor, told: float) -> Update:
+    def look(self, is_sound: Tensor, loss: Tensor, told: float) -> Update:
         """What the step is going to do; makes its one all-reduce, and waits for it."""
         owned = []
         for parameter, gradient in self.partitioned_gradients():
@@ -81,7 +81,7 @@ class _Optimizer(DeepSpeedZeroOptimizer):
             if placement.is_owner(self.grid, sharded=placement.data_axes):
                 owned.append(gradient)
         like = self.single_partition_of_fp32_groups[0]
-        self.looked = read_update(*global_norm(owned, self.grid, like, loss, told))
+        self.looked = read_update(*global_norm(owned, self.grid, like, is_sound, loss, told))
         return self.looked
 
     def check_overflow(self, partition_gradients: bool = True) -> None:
@@ -117,7 +117,8 @@ class ZeroEngine:
         _attach_to_process_group()
         self.named, self.grid = named, grid
         self._arrived: set[str] = set()  # names of the parameters that have had a gradient in this step
-        self._sound: list[Tensor] = []  # of each look at gradients before they are summed: whether they are finite
+        # Whether all gradients of this step were finite before they were summed.
+        self._sound = torch.ones((), dtype=torch.bool, device=named[0][1].device)
         expert_group = f"ep_size_{grid['ep'].size}"  # DeepSpeed parses this name
         param_groups = []
         for group in group_parameters(named, config.weight_decay, decays):
@@ -181,11 +182,11 @@ class ZeroEngine:
 
     @property
     def is_sound(self) -> bool:
-        return all(bool(sound) for sound in self._sound)
+        return bool(self._sound)
 
     def accumulate(self) -> None:
         if not self._arrived:
-            self._sound.clear()
+            self._sound = torch.ones_like(self._sound)
         found = [(name, parameter) for name, parameter in self.named if parameter.grad is not None]
         if self._takes_away:
             self._look_at(found)
@@ -201,7 +202,7 @@ class ZeroEngine:
 
     def _look_at(self, found: NamedParameters) -> None:
         gradients = [parameter.grad for _, parameter in found if parameter.grad is not None]
-        self._sound.append(all_finite(gradients, like=self.named[0][1]))
+        self._sound = self._sound & all_finite(gradients, like=self._sound)
 
     def reduce_gradients(self) -> None:
         self.accumulate()
@@ -224,7 +225,7 @@ class ZeroEngine:
             parameter.grad_accum = None  # type: ignore[attr-defined]
 
     def step(self, lr: float, loss: Tensor, told: float = 0.0) -> Update:
-        update = self.optimizer.look(loss, told)
+        update = self.optimizer.look(self._sound, loss, told)
         self.optimizer.set_lr(lr)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -151,15 +151,19 @@ def all_reduce_gradients(gradients: Sequence[Tensor], axes: tuple[str, ...], gri
         gradient.copy_(reduced.view_as(gradient))
 
 
-def global_norm(owned: Iterable[Tensor], grid: Grid, like: Tensor, loss: Tensor, told: float) -> tuple[Tensor, Tensor]:
+def global_norm(
+    owned: Iterable[Tensor], grid: Grid, like: Tensor, is_sound: Tensor, loss: Tensor, told: float
+) -> tuple[Tensor, Tensor]:
     """The Euclidean norm over all parameters, from the tensors that this rank owns: ONE all-reduce of the world.
 
     One for all parameter groups, so that a stage without experts makes as many collectives as one with them. With it
-    go this rank's loss and what it tells the others: returns the norm, and the sums [squares, loss, told].
+    go this rank's loss and what it tells the others: returns the norm, and the sums [squares, loss, told]. The norm is
+    NaN where a rank is not sound: of a replica that nobody owns, it would not know.
     """
     squares = torch.zeros((), dtype=like.dtype, device=like.device)
     for gradient in owned:
         squares += torch.linalg.vector_norm(gradient).square()
+    squares = squares.where(is_sound.to(squares.device), torch.nan)
     sums = grid["world"].all_reduce(torch.stack([squares, loss.to(squares), torch.full_like(squares, told)]))
     return sums[0].sqrt(), sums
 

@@ -43,7 +43,7 @@ class ReferenceEngine:
                 **{moment: torch.zeros_like(parameter, memory_format=torch.contiguous_format) for moment in MOMENTS},
             }
 
-        self._sound = torch.ones((), dtype=torch.bool)
+        self._sound = torch.ones((), dtype=torch.bool, device=named[0][1].device)
 
     @property
     def is_sound(self) -> bool:
@@ -54,7 +54,7 @@ class ReferenceEngine:
 
     def reduce_gradients(self) -> None:
         gradients = [p.grad for _, p in self.named if p.grad is not None]
-        self._sound = all_finite(gradients, like=self.named[0][1])
+        self._sound = all_finite(gradients, like=self._sound)
         sum_partial([(p, p.grad) for _, p in self.named if p.grad is not None], self.grid)
         for group in self.groups:
             gradients = [p.grad for p in group.parameters if p.grad is not None]
@@ -63,7 +63,7 @@ class ReferenceEngine:
     def step(self, lr: float, loss: Tensor, told: float = 0.0) -> Update:
         held = [parameter for _, parameter in self.named if parameter.grad is not None]
         owned = [p.grad for p in held if p.grad is not None and placement_of(p).is_owner(self.grid)]
-        update = read_update(*global_norm(owned, self.grid, held[0], loss, told))
+        update = read_update(*global_norm(owned, self.grid, held[0], self._sound, loss, told))
         if update.applied:
             if self.config.clip > 0:
                 torch.nn.utils.clip_grads_with_norm_(held, self.config.clip, update.norm)

@@ -201,7 +201,8 @@ class SimulatedZero:
             placement = placement_of(parameter)
             if placement.is_owner(self.grid, sharded=placement.data_axes):
                 owned.append(gradient)
-        norm, _ = global_norm(owned, self.grid, self.master_parts[0], loss, told)
+        like = self.master_parts[0]
+        norm, _ = global_norm(owned, self.grid, like, torch.ones((), dtype=torch.bool, device=like.device), loss, told)
         groups = self.optimizer.param_groups
         for g, (master, flat, group) in enumerate(zip(self.master_parts, self.flats, self.state.groups, strict=True)):
             master.grad = self._parts.pop(g)

@@ -53,7 +53,11 @@ CASES = [
     (Layout(1, 1, 2, 2), [(1, "expert")], []),  # nobody else has it
     (Layout(1, 2, 2, 1), [(1, "expert")], [Difference("expert", (1, 3))]),
     (Layout(2, 1, 2, 1), [(2, "column")], [Difference("column", (2, 3))]),  # of the second stage
-    (Layout(1, 4, 1, 1), [(0, "column"), (3, "replicated")], [Difference("column", (0,)), Difference("replicated", (3,))]),
+    (
+        Layout(1, 4, 1, 1),
+        [(0, "column"), (3, "replicated")],
+        [Difference("column", (0,)), Difference("replicated", (3,))],
+    ),
 ]
 
 

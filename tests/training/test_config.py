@@ -17,6 +17,7 @@ from megadit.training.config import (
     check,
     describe,
     experts_divide,
+    fit,
     key_of,
     layers_fill_stages,
     load_config,
@@ -46,6 +47,23 @@ def test_overrides_reach_sections_that_the_file_leaves_out_or_empty(tmp_path):
     path = write(tmp_path / "x.yaml", "data:\n")
     config = load_config(path, ["data.global_batch=8", "run.steps=3"])
     assert (config.data.global_batch, config.run.steps) == (8, 3)
+
+
+FALLBACKS = ["parallel.pipeline=2", "parallel.tensor=2", "parallel.fallbacks=[{pipeline: 1}, {tensor: 1, pipeline: 1}]"]
+
+
+@pytest.mark.parametrize(("world_size", "degrees"), [(8, (2, 2)), (4, (2, 2)), (2, (2, 1)), (1, (1, 1))])
+def test_the_first_layout_that_fits_is_taken(world_size, degrees):
+    found = fit(load_config(CONFIG, FALLBACKS), world_size).parallel
+    assert (found.tensor, found.pipeline) == degrees
+    assert found.fallbacks == load_config(CONFIG, FALLBACKS).parallel.fallbacks
+
+
+def test_fallbacks_are_saved_and_checked_like_other_keys(tmp_path):
+    config = load_config(CONFIG, FALLBACKS)
+    assert load_config(write(tmp_path / "x.yaml", config.to_yaml())) == config
+    with pytest.raises(ValueError, match=r"parallel.fallbacks\[0\].pipelin; the nearest is .*pipeline"):
+        load_config(CONFIG, ["parallel.fallbacks=[{pipelin: 1}]"])
 
 
 def test_an_empty_file_is_the_defaults(tmp_path):

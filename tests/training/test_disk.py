@@ -1,4 +1,4 @@
-"""Disks that are full or read-only, TensorBoard's folder in the way, clocks that jump: a training survives, or says why."""
+"""Disks that are full or read-only, TensorBoard's folder, clocks that jump: a training survives, or says why."""
 
 import json
 import os

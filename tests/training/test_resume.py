@@ -114,7 +114,9 @@ def test_a_run_that_diverges_stops_and_keeps_its_checkpoints(tmp_path):
     assert "lower optim.lr" in results[0][1]
     last = latest(folder / "checkpoints")
     assert all(tensor.isfinite().all() for tensor in load_tensors(last, prefix="weight.").values())
-    assert all(math.isfinite(line["loss"]) for line in read_metrics(folder / METRICS_FILE))
+    assert all(line["skipped"] or math.isfinite(line["loss"]) for line in read_metrics(folder / METRICS_FILE))
+    assert [line["step"] for line in read_metrics(folder / METRICS_FILE) if line["skipped"]] == [4, 5, 6, 7, 8]
+    assert last.name == "step_00000003", "nothing is saved while steps are left out"
 
 
 @pytest.mark.parametrize("when", ["before", "after a checkpoint"])

@@ -1,6 +1,7 @@
 """A window of data that spoils a run is found, left and passed over; the run ends as others do."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -25,9 +26,9 @@ REWIND = ["guard.spike=8", "guard.window=50", "log.sample_ids=true"]
 
 
 def test_outliers_do_not_move_the_score():
-    history = [1.0 + 0.1 * (-1) ** i for i in range(21)]
-    assert robust_z(2.0, history) == pytest.approx(robust_z(2.0, [*history[:-2], 50.0, 50.0]), rel=0.5)
-    assert robust_z(0.5, history) < 0
+    history = [math.sin(i) for i in range(41)]
+    assert robust_z(9.0, history) == pytest.approx(robust_z(9.0, [*history[:-2], 1e6, 1e6]), rel=0.1)
+    assert robust_z(-9.0, history) < -5
 
 
 def test_a_detector_needs_half_its_window_and_forgets_what_stood_out():
@@ -51,16 +52,16 @@ def test_a_second_return_passes_over_both_windows():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """scikit-learn's digits as they are, and with the images of one batch a thousand times as bright."""
+    """scikit-learn's digits as they are, and with the images of one batch twenty times as bright."""
     folder, digits = tmp_path_factory.mktemp("spikes"), load_digits()
     images, captions = digits.images / 8 - 1, np.array([f"the digit {n}" for n in digits.target])
     np.savez(folder / "clean.npz", images=images, captions=captions)
     train = Arrays("train", str(folder / "clean.npz"))
-    assert STEPS * BATCH <= len(train)
+    assert len(train) >= STEPS * BATCH
     bad = train.images(dataset_indices(0, BAD, len(train), BATCH))[:, 0].numpy()
     spoilt = [index for index, image in enumerate(images) if (np.abs(bad - image).max(axis=(1, 2)) < 1e-6).any()]
     assert len(spoilt) == BATCH
-    images[spoilt] *= 1000
+    images[spoilt] *= 20
     np.savez(folder / "spoilt.npz", images=images, captions=captions)
     return folder
 

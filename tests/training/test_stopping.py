@@ -58,7 +58,7 @@ def test_asked_during_a_step_it_stops_after_it(number, victims, expected, tmp_pa
     assert 5 <= done < 20, "it stopped at the next checkpoint, or the signal came too late"
     *_, asked, saved, stop = events(tmp_path)
     assert [line["event"] for line in (asked, saved, stop)] == ["signal", "save", "stop"]
-    assert asked["reason"] in [f"rank {rank} was asked by {number}" for rank in victims]
+    assert asked["reason"] in [f"rank {rank}: asked by {number}" for rank in victims]
     assert [line["step"] for line in (asked, saved, stop)] == [done] * 3 and stop["status"] == STOPPED
     assert curve(tmp_path) == expected[:done]
     goes_on(tmp_path, expected)

@@ -15,6 +15,7 @@ from tests.parallel.places import Place, layouts_of
 from tests.ranks import run_ranks
 
 DENSE, EXPERT = Placement(), Placement(cuts=(Cut(0, ("ep", "tp")),))
+SOUND = torch.ones((), dtype=torch.bool)
 PLACEMENTS = {
     "dense": DENSE,
     "dense.bias": DENSE,
@@ -87,7 +88,9 @@ def norm_on(rank, world_size, layout):
         begin = placement.offsets(local, grid)[0]
         if placement.is_owner(grid):
             owned.append(whole[begin : begin + local[0]])
-    norm, sums = global_norm(owned, grid, torch.zeros((), dtype=torch.float64), torch.tensor(rank + 0.5), told=0.25)
+    norm, sums = global_norm(
+        owned, grid, torch.zeros((), dtype=torch.float64), SOUND, torch.tensor(rank + 0.5), told=0.25
+    )
     assert sums[1:].tolist() == [8.0, 1.0], "each rank's loss, and what it tells"
     torch.testing.assert_close(norm, squares.sqrt(), rtol=1e-14, atol=0)
 
@@ -100,7 +103,7 @@ def test_the_norm_counts_every_element_once(layout):
 def a_stage_without_owned_parameters(rank, world_size):
     grid = Grid(Layout(2, 1, 1, 1), rank)
     owned = [torch.full((3, 3), 2.0)] if rank == 0 else []
-    norm, _ = global_norm(owned, grid, torch.zeros(()), torch.zeros(()), told=0.0)
+    norm, _ = global_norm(owned, grid, torch.zeros(()), SOUND, torch.zeros(()), told=0.0)
     assert float(norm) == 6.0
 
 
