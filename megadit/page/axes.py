@@ -58,10 +58,28 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [value for power in powers for digit in (1, 2, 5) if low <= (value := digit * 10.0**power) <= high]
 
 
-def drawing(height: float, label: str, *marks: str) -> Markup:
+def spread_ticks(scale: Scale, count: int = 6) -> list[float]:
+    """About `count` round numbers in a scale's range, wherever it begins.
+
+    >>> spread_ticks(Scale(0.41, 0.92, 0, 1), 5), spread_ticks(Scale(0.2, 12, 0, 1, is_log=True), 5)
+    ([0.5, 0.6, 0.7, 0.8, 0.9], [0.2, 0.5, 1.0, 2.0, 5.0, 10.0])
+    """
+    low, high = scale.low, scale.high
+    if scale.is_log:
+        found = log_ticks(low, high)
+        if len(found) > 2 * count:  # whole powers of ten, as many as there is room for
+            powers = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
+            found = [10.0**power for power in powers[:: math.ceil(len(powers) / count)]]
+        if len(found) > 2:
+            return found
+    step = _round_up((high - low) / count)
+    return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def drawing(height: float, label: str, *marks: str, width: float = WIDTH, **attributes: object) -> Markup:
     """The whole plot; `label` is what a screen reader says."""
-    box = f"0 0 {WIDTH:.0f} {height:.0f}"
-    return tag("div", tag("svg", *marks, viewBox=box, role="img", aria_label=label), class_="plot")
+    box = f"0 0 {width:.0f} {height:.0f}"
+    return tag("div", tag("svg", *marks, viewBox=box, role="img", aria_label=label, **attributes), class_="plot")
 
 
 def text(x: float, y: float, content: str, **attributes: object) -> Markup:

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Sequence
 from megadit.page.markup import Markup, join, tag
 
 
-def page(title: str, style: str, body: Markup) -> str:
-    """A whole HTML document that loads nothing."""
+def page(title: str, style: str, body: Markup, policy: str = "") -> str:
+    """A whole HTML document that loads nothing. `policy`: what a browser is to hold it to (Content-Security-Policy)."""
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
+        *([tag("meta", http_equiv="Content-Security-Policy", content=policy)] if policy else []),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("title", title),
         tag("style", Markup(style)),
@@ -31,17 +32,25 @@ def tiles(made: Iterable[tuple[str, str, str]]) -> Markup:
     )
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> Markup:
-    """The first `words` columns are to the left, numbers to the right; a row whose first cell is "total" is a sum."""
+def table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1, classes: Sequence[str] | None = None
+) -> Markup:
+    """The first `words` columns are to the left, numbers to the right; a row whose first cell is "total" is a sum.
 
-    def row(cells: Sequence[str], kind: str) -> Markup:
+    `classes`: of the rows, one each.
+    """
+
+    def row(cells: Sequence[str], kind: str, name: str = "") -> Markup:
         made = []
         for place, cell in enumerate(cells):
             made.append(tag(kind, cell, **({} if place < words else {"class_": "number"})))
-        return tag("tr", *made, **({"class_": "sum"} if cells[0] == "total" else {}))
+        name = "sum" if cells[0] == "total" else name
+        return tag("tr", *made, **({"class_": name} if name else {}))
 
+    rows = list(rows)
     head = tag("thead", row(header, "th"))
-    return tag("div", tag("table", head, tag("tbody", *(row(cells, "td") for cells in rows))), class_="scroll")
+    made = (row(cells, "td", name) for cells, name in zip(rows, classes or [""] * len(rows), strict=True))
+    return tag("div", tag("table", head, tag("tbody", *made)), class_="scroll")
 
 
 def section(anchor: str, title: str, *parts: str) -> Markup:

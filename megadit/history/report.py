@@ -1,0 +1,444 @@
+"""One or several runs as one HTML page that loads nothing: what became of them, their curves, their events.
+
+All that is told comes from the runs' own files, and is escaped. The page's only script shows numbers under the pointer;
+the page's policy lets no other run.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from megadit.history.charts import (
+    HALF,
+    WIDE,
+    Lane,
+    Series,
+    Size,
+    curves_chart,
+    load_chart,
+    load_columns,
+    number,
+    series_legend,
+    sign_legend,
+)
+from megadit.history.curve import Curve
+from megadit.history.look import COLOURS, HEAT, LEVELS, RULES, SCRIPT, SIGNS, sign_of
+from megadit.history.outcome import duration, num_starts, restarts, verdict
+from megadit.history.story import ROUTING, Event, Story
+from megadit.page.markup import Markup, join, tag
+from megadit.page.parts import legend, note, page, section, table, tiles
+from megadit.page.style import style_sheet
+
+ROWS = 300  # of the table of events; of more, the first and the last are shown
+WORDS = 400  # letters of what else an event tells
+OWN = {"run.name", "run.dir"}  # settings in which runs differ anyway
+CURVES = (  # name, title, size, over which ratio the axis is logarithmic
+    ("grad_norm", "Norm of the gradient, before clipping", WIDE, 10.0),
+    ("lr", "Learning rate", HALF, math.inf),
+    ("seconds", "Seconds of a step", HALF, 20.0),
+    ("images_per_second", "Images per second", HALF, 20.0),
+    ("tflops_per_gpu", "TFLOP/s of each GPU", HALF, 20.0),
+    ("peak_memory_gb", "Peak memory of process 0, GB", HALF, math.inf),
+)
+STATISTICS = {
+    "entropy": "Entropy of a token's affinities; 1: all experts alike",
+    "unpicked": "Part of the tokens that no expert takes",
+    "busiest": "Most experts that take one token",
+    "picks": "Experts that take a token, on average",
+}
+
+
+@dataclass(frozen=True)
+class Told:
+    """A run on the page. mark: a letter where there are several. place: of its colour."""
+
+    story: Story
+    label: str
+    mark: str
+    place: int
+
+    def series(self, curve: Curve, kind: str = "", dotted: bool = False) -> Series:
+        label = self.label if self.mark else ""
+        return Series(" ".join(part for part in (label, kind) if part), self.mark, curve, self.place, dotted)
+
+
+def report(stories: Sequence[Story], now: float) -> str:
+    """The page. `now`: seconds since 1970."""
+    alone = len(stories) == 1
+    runs = [
+        Told(story, label, "" if alone else _letter(place), place)
+        for place, (story, label) in enumerate(zip(stories, labels(stories), strict=True))
+    ]
+    last = max(story.last_step for story in stories)
+    last = last or max((event.step for story in stories for event in story.events), default=0)
+    title = runs[0].label if alone else f"{len(runs)} runs"
+    drawn = datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    parts: list[str] = [tag("h1", title), tag("p", f"{_where(stories)} · drawn {drawn}", class_="sub")]
+    parts.append(_verdicts(runs, now))
+    parts.append(_tiles(stories[0]) if alone else series_legend(run.series(Curve.of([], [])) for run in runs))
+    if not alone:
+        parts += [_figures(runs, now), *_differences(runs)]
+    if last:
+        parts += [_losses(runs, last), _optimisation(runs, last), _machine(runs, last), *_routing(runs, last)]
+    parts += [*_loads(runs, last), *_events(runs)]
+    if alone and stories[0].config:
+        parts.append(section("configuration", "Configuration", tag("pre", _flat_text(stories[0].config))))
+    parts.append(tag("footer", "Made by megadit, tools/report.py, from the runs' own files."))
+    return page(
+        f"{title}: report", style_sheet(COLOURS, RULES), join(tag("main", *parts), tag("script", Markup(SCRIPT))),
+        policy=_policy(),
+    )  # fmt: skip
+
+
+def _policy() -> str:
+    """What a browser may do with the page: load nothing, and run the one script."""
+    script = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    return f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{script}'"
+
+
+def labels(stories: Sequence[Story]) -> list[str]:
+    """Names that tell runs apart: with their folders where names are the same, with numbers where those are too."""
+    names = [story.name for story in stories]
+    told = [
+        name if names.count(name) == 1 else f"{name} ({story.folder})"
+        for name, story in zip(names, stories, strict=True)
+    ]
+    return [
+        label if told.count(label) == 1 else f"{label}, {told[:place].count(label) + 1}"
+        for place, label in enumerate(told)
+    ]
+
+
+def _letter(place: int) -> str:
+    """A, B, ..., Z, A1, ..."""
+    turn, letter = divmod(place, 26)
+    return chr(ord("A") + letter) + (str(turn) if turn else "")
+
+
+def _where(stories: Sequence[Story]) -> str:
+    folders = [str(story.folder) for story in stories]
+    return folders[0] if len(folders) == 1 else f"{folders[0]} and {len(folders) - 1:,} more"
+
+
+# The head of the page
+
+
+def _verdicts(runs: Sequence[Told], now: float) -> Markup:
+    made = []
+    for run in runs:
+        found = verdict(run.story, now)
+        mark = join(run.mark, " ", run.label, " · ") if run.mark else ""
+        made.append(tag("div", tag("p", mark, str(found), class_=f"verdict {'good' if found.is_good else 'bad'}")))
+        made += [note(" ".join((run.mark, text)) if run.mark else text) for text in run.story.notes]
+    return tag("div", *made, class_="verdicts")
+
+
+def _said(value: float, unit: str = "") -> str:
+    """A number; a dash for one that is not known."""
+    return f"{number(value)}{unit}" if math.isfinite(value) else "–"
+
+
+def _last(curve: Curve) -> str:
+    """The last value as it is, finite or not."""
+    return number(float(curve.values[-1])) if len(curve) else "–"
+
+
+def _tiles(story: Story) -> Markup:
+    loss, heldout = story.curve("loss"), story.curve("heldout_loss")
+    planned, seconds = story.planned, story.curve("seconds").median()
+    lost = restarts(story.events)
+    part = f"{story.last_step / planned:.1%} of {planned:,}" if planned else "it is not known of how many"
+    left = (planned or 0) - story.last_step
+    ahead = f"{duration(left * seconds)} for the {left:,} that are left" if left > 0 and seconds < 1e9 else "the median"
+    failed = sum(event.failed for event in story.events)
+    memory = story.curve("peak_memory_gb").finite
+    made = [
+        ("steps done", f"{story.last_step:,}", part),
+        ("last loss", _last(loss), f"{_said(loss.recent())}: the median of the last 100"),
+    ]
+    if len(heldout):
+        best = heldout.finite.min(initial=math.inf)
+        made.append(("held-out loss", _last(heldout), f"{_said(best)}: the least"))
+    made += [
+        ("step", _said(seconds, " s"), ahead),
+        (
+            "throughput",
+            _said(story.curve("images_per_second").median(), " images/s"),
+            f"{_said(story.curve('tflops_per_gpu').median())} TFLOP/s of each GPU, the median",
+        ),
+    ]
+    if len(memory):
+        made.append(("peak memory", _said(memory.max(), " GB"), "of process 0"))
+    if story.events:
+        total = sum(restart.lost for restart in lost)
+        made.append(("starts", f"{num_starts(story):,}", f"{_count(len(lost), 'restart')} of a run that had begun"))
+        made.append(("lost to restarts", duration(total) if lost else "0 s", "wall time whose work did not stay"))
+    made.append(("steps left out", f"{len(story.skipped):,}", "without finite numbers"))
+    if failed:
+        made.append(("saves that failed", f"{failed:,}", "see the events"))
+    return tiles(made)
+
+
+def _count(count: int, noun: str) -> str:
+    """
+    >>> _count(1, "restart"), _count(2, "restart")
+    ('1 restart', '2 restarts')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+# Several runs
+
+
+def _figures(runs: Sequence[Told], now: float) -> Markup:
+    rows = []
+    for run in runs:
+        story = run.story
+        heldout = story.curve("heldout_loss")
+        memory = story.curve("peak_memory_gb").finite
+        known = bool(story.events)
+        rows.append(
+            (
+                f"{run.mark} {run.label}",
+                verdict(story, now).word,
+                f"{story.last_step:,}" + (f" of {story.planned:,}" if story.planned else ""),
+                _said(story.curve("loss").recent()),
+                _last(heldout),
+                _said(heldout.finite.min(initial=math.inf)),
+                _said(story.curve("grad_norm").recent()),
+                _said(story.curve("seconds").median()),
+                _said(story.curve("images_per_second").median()),
+                _said(story.curve("tflops_per_gpu").median()),
+                _said(memory.max(initial=-math.inf)),
+                f"{num_starts(story):,}",
+                duration(sum(restart.lost for restart in restarts(story.events))) if known else "–",
+                f"{len(story.skipped):,}",
+            )
+        )
+    header = (
+        *("run", "", "steps", "loss", "held out", "least", "grad. norm"),
+        *("s per step", "images/s", "TFLOP/s", "peak GB", "starts", "lost", "left out"),
+    )
+    told = "Loss and gradient norm: medians of the last 100 steps. Times and rates: medians of all steps."
+    return section("figures", "Final figures", note(told), table(header, rows, words=2))
+
+
+def flat(config: Mapping[str, object]) -> dict[str, str]:
+    """A configuration as "section.key" -> value, as text."""
+    found: dict[str, str] = {}
+    for section_name, values in config.items():
+        if isinstance(values, Mapping):
+            found |= {f"{section_name}.{key}": _plain(value) for key, value in values.items()}
+        else:
+            found[str(section_name)] = _plain(values)
+    return found
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _flat_text(config: Mapping[str, object]) -> str:
+    return "\n".join(f"{key}: {value}" for key, value in flat(config).items())
+
+
+def _differences(runs: Sequence[Told]) -> list[Markup]:
+    configs = [flat(run.story.config) for run in runs]
+    keys = dict.fromkeys(key for config in configs for key in config)
+    rows = [
+        (key, *(config.get(key, "–") for config in configs))
+        for key in keys
+        if key not in OWN and len({config.get(key) for config in configs}) > 1
+    ]
+    header = ("setting", *(f"{run.mark} {run.label}" for run in runs))
+    body = table(header, rows, words=len(header)) if rows else note("Nothing but their names.")
+    return [section("differences", "What differs between their configurations", body)]
+
+
+# Curves
+
+
+def _lanes(runs: Sequence[Told]) -> list[Lane]:
+    return [Lane(run.mark, run.story.events) for run in runs if run.story.events]
+
+
+def _titled(title: str, *parts: str, more: str = "") -> Markup:
+    return tag("div", tag("h3", title, tag("small", more) if more else ""), *parts)
+
+
+def _signs(runs: Sequence[Told]) -> list[Markup]:
+    events = [event for run in runs for event in run.story.events]
+    return [sign_legend(events)] if events else []
+
+
+def _losses(runs: Sequence[Told], last: int) -> Markup:
+    several = bool(runs[0].mark)
+    series = [run.series(run.story.curve("loss"), "" if several else "training") for run in runs]
+    heldout = [
+        run.series(curve, "held out" if several else "held out (EMA)", dotted=True)
+        for run in runs
+        if len(curve := run.story.curve("heldout_loss"))
+    ]
+    if not several:  # another colour, and no mark to be told by
+        heldout = [Series(each.label, "", each.curve, 1, dotted=True) for each in heldout]
+    else:
+        heldout = [Series(each.label, "", each.curve, each.place, dotted=True) for each in heldout]
+    chart = curves_chart("Loss by step", [*series, *heldout], _lanes(runs), last, WIDE, log_over=3.0)
+    told = (
+        "A line is the median of some steps, the band around it reaches from their least to their greatest value. "
+        "A cross at the top is a value that is not finite."
+    )
+    return section("loss", "Loss", note(told), series_legend([*series, *heldout]), chart, *_signs(runs))
+
+
+def _chart(runs: Sequence[Told], name: str, title: str, size: Size, last: int, log_over: float) -> list[Markup]:
+    series = [run.series(curve, "" if run.mark else name) for run in runs if len(curve := run.story.curve(name))]
+    if not series:
+        return []
+    return [_titled(title, curves_chart(f"{title}, by step", series, _lanes(runs), last, size, log_over))]
+
+
+def _optimisation(runs: Sequence[Told], last: int) -> Markup:
+    name, title, size, log_over = CURVES[0]
+    return section("gradient", "Gradient", *_chart(runs, name, title, size, last, log_over))
+
+
+def _machine(runs: Sequence[Told], last: int) -> Markup:
+    charts = [chart for curve in CURVES[1:] for chart in _chart(runs, *curve[:3], last, curve[3])]
+    return section("speed", "Learning rate, speed, memory", tag("div", *charts, class_="pair"))
+
+
+def _routing(runs: Sequence[Told], last: int) -> list[Markup]:
+    """Of one run every layer; of several the mean over their layers."""
+    alone = not runs[0].mark
+    charts: list[Markup] = []
+    legend_of: list[Series] = []
+    for name in ROUTING:
+        if alone:
+            layers = runs[0].story.routing.get(name, {})
+            series = [
+                Series(f"layer {layer}", layer[:8], curve, place) for place, (layer, curve) in enumerate(layers.items())
+            ]
+        else:
+            found = [(run, run.story.routing[name]) for run in runs if name in run.story.routing]
+            series = [run.series(_mean(list(layers.values()))) for run, layers in found]
+        if series:
+            legend_of = legend_of or series
+            chart = curves_chart(f"{STATISTICS[name]}, by step", series, (), last, HALF)
+            charts.append(_titled(STATISTICS[name], chart))
+    if not charts:
+        return []
+    told = "Of each layer with experts; numbers are layers." if alone else "Means over the layers with experts."
+    parts = [note(told), series_legend(legend_of), tag("div", *charts, class_="pair")]
+    return [section("routing", "Routing", *parts)]
+
+
+def _mean(curves: Sequence[Curve]) -> Curve:
+    """The mean of curves over the steps that all of them have."""
+    if any(len(curve) != len(curves[0]) or (curve.steps != curves[0].steps).any() for curve in curves):
+        return curves[0]
+    return Curve.of(curves[0].steps, sum(curve.values for curve in curves) / len(curves))
+
+
+def _loads(runs: Sequence[Told], last: int) -> list[Markup]:
+    found = [(run, layer, loads) for run in runs for layer, loads in run.story.loads.items()]
+    if not found:
+        return []
+    columns = load_columns([loads for _, _, loads in found])
+    charts = [
+        _titled(" ".join(filter(None, (run.mark, f"layer {layer}"))), load_chart(layer, loads, columns, last))
+        for run, layer, loads in found
+    ]
+    bounds = [f"{bound:g}" for bound in LEVELS]
+    told = [f"below {bounds[0]}"] + [f"{a} to {b}" for a, b in zip(bounds, bounds[1:], strict=False)]
+    told.append(f"{bounds[-1]} and more")
+    keys = legend((f"fill-{name}", text) for name, text in zip(HEAT, told, strict=True))
+    text = "Tokens that each expert took, in units of the mean expert's; experts from top to bottom, means over steps."
+    return [section("load", "Load of the experts", note(text), keys, tag("div", *charts, class_="pair"))]
+
+
+# Events
+
+
+def _events(runs: Sequence[Told]) -> list[Markup]:
+    return [
+        section(
+            f"events{run.mark and '-' + run.mark}",
+            f"Events of {run.mark} {run.label}" if run.mark else "Events",
+            *_event_table(run.story.events),
+        )
+        for run in runs
+        if run.story.events
+    ]
+
+
+def _event_table(events: Sequence[Event]) -> list[Markup]:
+    """Every event; saves without another event between them are one row."""
+    rows: list[tuple[Sequence[str], str]] = []
+    begin, lost = events[0].time, iter(restarts(events))
+    saves: list[Event] = []
+    began = False
+
+    def put_saves() -> None:
+        if saves:
+            first, latest = saves[0], saves[-1]
+            steps = f"{first.step:,}" if first is latest else f"{first.step:,} to {latest.step:,}"
+            kind = "save" if first is latest else f"{len(saves):,} saves"
+            rows.append(((_clock(latest.time), _since(begin, latest.time), kind, steps, latest.reason[:WORDS],
+                          _more(latest) if first is latest else ""), ""))  # fmt: skip
+            saves.clear()
+
+    for event in events:
+        if event.kind == "save" and not event.failed:
+            saves.append(event)
+            continue
+        put_saves()
+        more = _more(event)
+        if event.kind in ("start", "resume"):
+            if began and (restart := next(lost, None)) is not None:
+                more = f"{duration(restart.lost)} lost; {more}"
+            began = True
+        name = sign_of(event)
+        kind = "save failed" if event.failed else event.kind
+        cells = (_clock(event.time), _since(begin, event.time), kind, f"{event.step:,}", event.reason[:WORDS], more)
+        rows.append((cells, "bad" if SIGNS[name].tone == "bad" else ""))
+    put_saves()
+    left_out = len(rows) - ROWS
+    if left_out > 0:
+        half = ROWS // 2
+        rows[half:-half] = [(("", "", f"{left_out:,} rows", "", "are left out here; events.jsonl has them", ""), "")]
+    header = ("time (UTC)", "after", "event", "step", "reason", "more")
+    return [table(header, [cells for cells, _ in rows], words=len(header), classes=[kind for _, kind in rows])]
+
+
+def _clock(time: float | None) -> str:
+    return "–" if time is None else datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _since(begin: float | None, time: float | None) -> str:
+    return "–" if begin is None or time is None else duration(max(0.0, time - begin))
+
+
+def _more(event: Event) -> str:
+    """What else an event tells, in short."""
+    said = ", ".join(f"{key}: {_plain(value)}" for key, value in event.more.items())
+    return said if len(said) <= WORDS else said[:WORDS] + " …"
+
+
+def write_report(path: Path, stories: Sequence[Story], now: float) -> None:
+    """The page as a file, whole or not at all. Raises OSError."""
+    partial = path.with_name(path.name + ".partial")
+    content = report(stories, now).encode("utf-8", "replace")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
