@@ -18,7 +18,8 @@ from megadit.history.story import Event
 from megadit.page.axes import LETTER, WIDTH, Scale, drawing, spread_ticks, text, titled
 from megadit.page.markup import Markup, join, tag
 
-LANE = 15.0  # height of a run's events below the axis
+LANE, GAP = 15.0, 5.0  # height of a run's events, and their distance from the axis
+DOTS = 40  # of a curve of few values
 TOLD = 6  # events that a mark for several of them names
 CELLS = 24_000  # of heat maps on a page
 
@@ -67,7 +68,7 @@ class Lane:
 
 def step_scale(last: int, size: Size, marks: Iterable[str]) -> Scale:
     """The axis of steps, with room for the marks at the ends of curves."""
-    right = max((10 + (LETTER + 1) * len(mark) for mark in marks if mark), default=10.0)
+    right = max((12 + (LETTER + 1) * len(mark) for mark in marks if mark), default=18.0)
     return Scale(0, float(max(last, 1)), LEFT, size.width - right)
 
 
@@ -77,13 +78,13 @@ def value_scale(thinned: Sequence[Thinned], size: Size, log_over: float) -> Scal
     highs = [np.nanmax(thin.high) for thin in thinned if np.isfinite(thin.high).any()]
     if not lows:
         return None
-    low, high = float(min(lows)), float(max(highs))
-    bottom = size.height - 1
+    low, high, bottom = float(min(lows)), float(max(highs)), size.height - 1
     if low > 1e-90 and high / low > log_over:
         return Scale(low / (high / low) ** 0.04, high * (high / low) ** 0.04, bottom, TOP, is_log=True)
     room = 0.06 * (high - low)
     if high - low <= 1e-6 * max(abs(low), abs(high)):
-        room = 0.1 * max(abs(low), abs(high)) if max(abs(low), abs(high)) > 1e-90 else 1.0
+        room = 0.25 * max(abs(low), abs(high)) if max(abs(low), abs(high)) > 1e-90 else 1.0
+        low = min(low, 0.0) if high > 0 else low
     # Down to zero where that is near: a flat curve should look flat.
     bound = 0.0 if 0 <= low < 0.5 * high else low - room
     return Scale(bound, high + room, bottom, TOP)
@@ -99,9 +100,10 @@ def curves_chart(
     marks: list[Markup] = []
     if y is not None:
         marks += _values(x, y)
-    marks += _steps(x, size, size.height + LANE * len(lanes))
+    bottom = size.height + (GAP + LANE * len(lanes) if lanes else 0.0)
+    marks += _steps(x, size, bottom)
     for place, lane in enumerate(lanes):
-        marks += _lane(lane, x, size.height + LANE * (place + 0.5), size, crosses=len(lanes) == 1)
+        marks += _lane(lane, x, size.height + GAP + LANE * (place + 0.5), size.height, crosses=len(lanes) == 1)
     if y is not None:
         for each, columns in zip(series, thinned, strict=True):
             if not each.dotted:
@@ -112,7 +114,7 @@ def curves_chart(
     for each, columns in zip(series, thinned, strict=True):
         marks += _bad(each, columns, x)
     told = {"data_x": _told(x), "data_y": _told(y)} if y is not None else {}
-    return drawing(size.height + LANE * len(lanes) + BELOW, title, *marks, width=size.width, **told)
+    return drawing(bottom + BELOW, title, *marks, width=size.width, **told)
 
 
 def _told(scale: Scale) -> str:
@@ -173,8 +175,13 @@ def _line(series: Series, columns: Thinned, x: Scale, y: Scale) -> Iterator[Mark
         # A point alone is a line to itself, which the script finds too.
         parts.append(_path(*zip(*(points if len(points) > 1 else points * 2), strict=True)))
     if parts:
-        yield tag("path", d="".join(parts), class_=f"line {series.colour} {series.dash}", data_name=series.label)
-    for cx, cy in dots:
+        yield tag(
+            "path",
+            d="".join(parts),
+            class_=f"line{' few' * series.dotted} {series.colour} {series.dash}",
+            data_name=series.label,
+        )
+    for cx, cy in dots[:: math.ceil(len(dots) / DOTS) or 1]:
         yield tag("circle", cx=cx, cy=cy, r=3.2, class_=f"dot fill-{series.colour}")
 
 
@@ -185,17 +192,15 @@ def _ends(series: Sequence[Series], thinned: Sequence[Thinned], x: Scale, y: Sca
         finite = np.flatnonzero(np.isfinite(columns.middle))
         if each.mark and len(finite):
             places.append((y(columns.middle[finite[-1]]), x(columns.steps[finite[-1]]), each))
-    before = -math.inf
-    placed = []
+    written: list[tuple[float, float]] = []
     for at, end, each in sorted(places, key=lambda place: place[0]):
-        before = max(at, before + 12)
-        placed.append((before, end, each))
-    over = max(0.0, placed[-1][0] - y.first) if placed else 0.0
-    limit = math.inf
-    for at, end, each in reversed(placed):
-        limit = min(at, limit - 12) if over else at
-        limit = min(limit, y.first)
-        yield text(end + 5, limit + 4, each.mark, class_=f"mark on-page fill-{each.colour}")
+        taken = sorted(y for x, y in written if abs(x - end) < 6 + LETTER * len(each.mark))
+        free = at
+        for other in taken:  # from top to bottom
+            if abs(free - other) < 12:
+                free = other + 12
+        written.append((end, free))
+        yield text(end + 5, free + 4, each.mark, class_=f"mark fill-{each.colour}")
 
 
 def _bad(series: Series, columns: Thinned, x: Scale) -> Iterator[Markup]:
@@ -208,21 +213,20 @@ def _bad(series: Series, columns: Thinned, x: Scale) -> Iterator[Markup]:
 # Events
 
 
-def _lane(lane: Lane, x: Scale, y: float, size: Size, crosses: bool) -> Iterator[Markup]:
+def _lane(lane: Lane, x: Scale, y: float, axis: float, crosses: bool) -> Iterator[Markup]:
     """The events of a run side by side below the axis; those that are near and alike are one mark."""
     if lane.mark:
         yield text(x.first - 8, y + 4, lane.mark, class_="tick mark", text_anchor="end")
     near: dict[tuple[str, int], list[Event]] = {}
     for event in sorted(lane.events, key=lambda event: event.step):
         near.setdefault((sign_of(event), int(_at(event, x) // 10)), []).append(event)
-    wide, free = size is WIDE, -math.inf
+    free = -math.inf
     for (name, _), events in sorted(near.items(), key=lambda item: item[1][0].step):
         sign, at = SIGNS[name], _at(events[0], x)
         if crosses and sign.tone != "good":
-            yield tag("line", x1=at, x2=at, y1=TOP, y2=size.height, class_=f"when ev-{sign.tone}")
+            yield tag("line", x1=at, x2=at, y1=TOP, y2=axis, class_=f"when ev-{sign.tone}")
         # Beside the mark before; nothing is moved out of the drawing.
-        place = min(max(at, free + 11), x.last + 4) if wide else at
-        free = place
+        free = place = min(max(at, free + 11), x.last + 4)
         yield titled("path", _said(events), d=sign.path, transform=f"translate({place:.1f} {y:.1f})",
                      class_=f"shape event ev-{sign.tone}" + (" hollow" if sign.is_hollow else ""))  # fmt: skip
 
@@ -254,7 +258,7 @@ def series_legend(series: Iterable[Series]) -> Markup:
     """Colour, dash and mark of each."""
     entries = []
     for each in series:
-        line = tag("line", x1=0, x2=30, y1=6, y2=6, class_=f"line {each.colour} {each.dash}")
+        line = tag("line", x1=0, x2=30, y1=6, y2=6, class_=f"line{' few' * each.dotted} {each.colour} {each.dash}")
         dot = [tag("circle", cx=15, cy=6, r=3.2, class_=f"dot fill-{each.colour}")] if each.dotted else []
         key = tag("svg", line, *dot, viewBox="0 0 30 12", class_="key", aria_hidden="true")
         entries.append(tag("span", key, join(tag("b", each.mark), " ") if each.mark else "", each.label))

@@ -35,6 +35,7 @@ RULES = (
     + "".join(f".d{place}{{stroke-dasharray:{dash}}}" for place, dash in enumerate(DASHES) if dash)
     + """
 .line{fill:none;stroke-width:1.5;stroke-linejoin:round}
+.few{stroke-width:2.4}
 .band{fill-opacity:.2}
 .dot{stroke:var(--surface);stroke-width:1}
 svg .mark{font-weight:600}
@@ -57,7 +58,7 @@ td.bad{color:var(--bad)}
 .verdicts{margin:0 0 12px}
 details{margin:12px 0 0}
 summary{cursor:pointer;color:var(--second);font-size:13.5px}
-td{overflow-wrap:anywhere}
+td{overflow-wrap:break-word;max-width:46ch}
 #read{position:fixed;z-index:2;pointer-events:none;background:var(--surface);border:1px solid var(--line)}
 #read{border-radius:6px;padding:5px 9px;font-size:12.5px;line-height:1.45;white-space:pre}
 #read{font-variant-numeric:tabular-nums}

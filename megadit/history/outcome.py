@@ -123,6 +123,8 @@ def duration(seconds: float) -> str:
     >>> duration(0.4), duration(75), duration(7265), duration(200_000)
     ('0.4 s', '1 min 15 s', '2 h 1 min', '2 d 7 h')
     """
+    if seconds == 0:
+        return "0 s"
     if seconds < 59.5:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)

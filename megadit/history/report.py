@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from megadit.history.charts import (
     HALF,
@@ -39,13 +40,24 @@ from megadit.page.style import style_sheet
 ROWS = 300  # of the table of events; of more, the first and the last are shown
 WORDS = 400  # letters of what else an event tells
 OWN = {"run.name", "run.dir"}  # settings in which runs differ anyway
-CURVES = (  # name, title, size, over which ratio the axis is logarithmic
-    ("grad_norm", "Norm of the gradient, before clipping", WIDE, 10.0),
-    ("lr", "Learning rate", HALF, math.inf),
-    ("seconds", "Seconds of a step", HALF, 20.0),
-    ("images_per_second", "Images per second", HALF, 20.0),
-    ("tflops_per_gpu", "TFLOP/s of each GPU", HALF, 20.0),
-    ("peak_memory_gb", "Peak memory of process 0, GB", HALF, math.inf),
+
+
+class Shown(NamedTuple):
+    """How a curve of the metrics is shown. log_over: between which values the axis is logarithmic, as their ratio."""
+
+    name: str
+    title: str
+    size: Size
+    log_over: float
+
+
+GRADIENT = Shown("grad_norm", "Norm of the gradient, before clipping", WIDE, 8.0)
+CURVES = (
+    Shown("lr", "Learning rate", HALF, math.inf),
+    Shown("seconds", "Seconds of a step", HALF, 20.0),
+    Shown("images_per_second", "Images per second", HALF, 20.0),
+    Shown("tflops_per_gpu", "TFLOP/s of each GPU", HALF, 20.0),
+    Shown("peak_memory_gb", "Peak memory of process 0, GB", HALF, math.inf),
 )
 STATISTICS = {
     "entropy": "Entropy of a token's affinities; 1: all experts alike",
@@ -82,11 +94,9 @@ def report(stories: Sequence[Story], now: float) -> str:
     drawn = datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     parts: list[str] = [tag("h1", title), tag("p", f"{_where(stories)} · drawn {drawn}", class_="sub")]
     parts.append(_verdicts(runs, now))
-    parts.append(_tiles(stories[0]) if alone else series_legend(run.series(Curve.of([], [])) for run in runs))
-    if not alone:
-        parts += [_figures(runs, now), *_differences(runs)]
+    parts += [_tiles(stories[0])] if alone else [_figures(runs, now), *_differences(runs)]
     if last:
-        parts += [_losses(runs, last), _optimisation(runs, last), _machine(runs, last), *_routing(runs, last)]
+        parts += [_losses(runs, last), *_gradient(runs, last), *_machine(runs, last), *_routing(runs, last)]
     parts += [*_loads(runs, last), *_events(runs)]
     if alone and stories[0].config:
         parts.append(section("configuration", "Configuration", tag("pre", _flat_text(stories[0].config))))
@@ -154,7 +164,11 @@ def _tiles(story: Story) -> Markup:
     loss, heldout = story.curve("loss"), story.curve("heldout_loss")
     planned, seconds = story.planned, story.curve("seconds").median()
     lost = restarts(story.events)
-    part = f"{story.last_step / planned:.1%} of {planned:,}" if planned else "it is not known of how many"
+    part = (
+        f"{math.floor(1000 * story.last_step / planned) / 1000:.1%} of {planned:,}"
+        if planned
+        else "it is not known of how many"
+    )
     left = (planned or 0) - story.last_step
     ahead = f"{duration(left * seconds)} for the {left:,} that are left" if left > 0 and seconds < 1e9 else "the median"
     failed = sum(event.failed for event in story.events)
@@ -179,7 +193,7 @@ def _tiles(story: Story) -> Markup:
     if story.events:
         total = sum(restart.lost for restart in lost)
         made.append(("starts", f"{num_starts(story):,}", f"{_count(len(lost), 'restart')} of a run that had begun"))
-        made.append(("lost to restarts", duration(total) if lost else "0 s", "wall time whose work did not stay"))
+        made.append(("lost to restarts", duration(total), "wall time whose work did not stay"))
     made.append(("steps left out", f"{len(story.skipped):,}", "without finite numbers"))
     if failed:
         made.append(("saves that failed", f"{failed:,}", "see the events"))
@@ -223,7 +237,7 @@ def _figures(runs: Sequence[Told], now: float) -> Markup:
             )
         )
     header = (
-        *("run", "", "steps", "loss", "held out", "least", "grad. norm"),
+        *("run", "state", "steps", "loss", "held out", "least", "grad. norm"),
         *("s per step", "images/s", "TFLOP/s", "peak GB", "starts", "lost", "left out"),
     )
     told = "Loss and gradient norm: medians of the last 100 steps. Times and rates: medians of all steps."
@@ -265,12 +279,16 @@ def _differences(runs: Sequence[Told]) -> list[Markup]:
 # Curves
 
 
-def _lanes(runs: Sequence[Told]) -> list[Lane]:
-    return [Lane(run.mark, run.story.events) for run in runs if run.story.events]
+def _lanes(runs: Sequence[Told], size: Size) -> list[Lane]:
+    """The events of each run; small plots have no room for saves, nor for several runs'."""
+    if size is WIDE:
+        return [Lane(run.mark, run.story.events) for run in runs if run.story.events]
+    events = [event for event in runs[0].story.events if sign_of(event) != "save"]
+    return [Lane("", events)] if len(runs) == 1 and events else []
 
 
-def _titled(title: str, *parts: str, more: str = "") -> Markup:
-    return tag("div", tag("h3", title, tag("small", more) if more else ""), *parts)
+def _titled(title: str, chart: Markup) -> Markup:
+    return tag("div", tag("h3", title), chart)
 
 
 def _signs(runs: Sequence[Told]) -> list[Markup]:
@@ -286,11 +304,9 @@ def _losses(runs: Sequence[Told], last: int) -> Markup:
         for run in runs
         if len(curve := run.story.curve("heldout_loss"))
     ]
-    if not several:  # another colour, and no mark to be told by
-        heldout = [Series(each.label, "", each.curve, 1, dotted=True) for each in heldout]
-    else:
-        heldout = [Series(each.label, "", each.curve, each.place, dotted=True) for each in heldout]
-    chart = curves_chart("Loss by step", [*series, *heldout], _lanes(runs), last, WIDE, log_over=3.0)
+    # Without marks at their ends, which the training's have; of a single run in another colour.
+    heldout = [Series(each.label, "", each.curve, each.place + (not several), dotted=True) for each in heldout]
+    chart = curves_chart("Loss by step", [*series, *heldout], _lanes(runs, WIDE), last, WIDE, log_over=2.5)
     told = (
         "A line is the median of some steps, the band around it reaches from their least to their greatest value. "
         "A cross at the top is a value that is not finite."
@@ -298,21 +314,23 @@ def _losses(runs: Sequence[Told], last: int) -> Markup:
     return section("loss", "Loss", note(told), series_legend([*series, *heldout]), chart, *_signs(runs))
 
 
-def _chart(runs: Sequence[Told], name: str, title: str, size: Size, last: int, log_over: float) -> list[Markup]:
-    series = [run.series(curve, "" if run.mark else name) for run in runs if len(curve := run.story.curve(name))]
+def _chart(runs: Sequence[Told], curve: Shown, last: int) -> Markup | None:
+    """A curve of all runs that have it."""
+    name, title, size, log_over = curve
+    series = [run.series(found, "" if run.mark else name) for run in runs if len(found := run.story.curve(name))]
     if not series:
-        return []
-    return [_titled(title, curves_chart(f"{title}, by step", series, _lanes(runs), last, size, log_over))]
+        return None
+    return curves_chart(f"{title}, by step", series, _lanes(runs, size), last, size, log_over)
 
 
-def _optimisation(runs: Sequence[Told], last: int) -> Markup:
-    name, title, size, log_over = CURVES[0]
-    return section("gradient", "Gradient", *_chart(runs, name, title, size, last, log_over))
+def _gradient(runs: Sequence[Told], last: int) -> list[Markup]:
+    chart = _chart(runs, GRADIENT, last)
+    return [section("gradient", GRADIENT.title, chart)] if chart else []
 
 
-def _machine(runs: Sequence[Told], last: int) -> Markup:
-    charts = [chart for curve in CURVES[1:] for chart in _chart(runs, *curve[:3], last, curve[3])]
-    return section("speed", "Learning rate, speed, memory", tag("div", *charts, class_="pair"))
+def _machine(runs: Sequence[Told], last: int) -> list[Markup]:
+    charts = [_titled(curve.title, chart) for curve in CURVES if (chart := _chart(runs, curve, last))]
+    return [section("speed", "Learning rate, speed, memory", tag("div", *charts, class_="pair"))] if charts else []
 
 
 def _routing(runs: Sequence[Told], last: int) -> list[Markup]:
