@@ -11,7 +11,7 @@ from megadit.runtime.status import FINISHED, STOPPED
 SERIES = {
     "s0": ("#256abf", "#5598e7"),
     "s1": ("#c2410c", "#f0935f"),
-    "s2": ("#0f8a5f", "#3ecf9b"),
+    "s2": ("#0c7d55", "#3ecf9b"),
     "s3": ("#7a3fb0", "#b79af0"),
     "s4": ("#8a6a00", "#e0b83a"),
     "s5": ("#b02a6b", "#f08cbc"),
@@ -59,6 +59,8 @@ td.bad{color:var(--bad)}
 details{margin:12px 0 0}
 summary{cursor:pointer;color:var(--second);font-size:13.5px}
 td{overflow-wrap:break-word;max-width:46ch}
+section[id^=events] td:nth-child(-n+4){white-space:nowrap}
+#figures th,#figures td{padding-right:11px;font-size:13px}
 #read{position:fixed;z-index:2;pointer-events:none;background:var(--surface);border:1px solid var(--line)}
 #read{border-radius:6px;padding:5px 9px;font-size:12.5px;line-height:1.45;white-space:pre}
 #read{font-variant-numeric:tabular-nums}

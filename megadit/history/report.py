@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -77,8 +77,8 @@ class Told:
     place: int
 
     def series(self, curve: Curve, kind: str = "", dotted: bool = False) -> Series:
-        label = self.label if self.mark else ""
-        return Series(" ".join(part for part in (label, kind) if part), self.mark, curve, self.place, dotted)
+        name = " ".join(part for part in (self.mark and self.label, kind) if part)
+        return Series(name, self.mark, curve, self.place, dotted)
 
 
 def report(stories: Sequence[Story], now: float) -> str:
@@ -222,7 +222,7 @@ def _figures(runs: Sequence[Told], now: float) -> Markup:
             (
                 f"{run.mark} {run.label}",
                 verdict(story, now).word,
-                f"{story.last_step:,}" + (f" of {story.planned:,}" if story.planned else ""),
+                f"{story.last_step:,}",
                 _said(story.curve("loss").recent()),
                 _last(heldout),
                 _said(heldout.finite.min(initial=math.inf)),
@@ -300,12 +300,12 @@ def _losses(runs: Sequence[Told], last: int) -> Markup:
     several = bool(runs[0].mark)
     series = [run.series(run.story.curve("loss"), "" if several else "training") for run in runs]
     heldout = [
-        run.series(curve, "held out" if several else "held out (EMA)", dotted=True)
+        run.series(curve, "held out (EMA)", dotted=True)
         for run in runs
         if len(curve := run.story.curve("heldout_loss"))
     ]
     # Without marks at their ends, which the training's have; of a single run in another colour.
-    heldout = [Series(each.label, "", each.curve, each.place + (not several), dotted=True) for each in heldout]
+    heldout = [replace(each, mark="", place=each.place + (not several)) for each in heldout]
     chart = curves_chart("Loss by step", [*series, *heldout], _lanes(runs, WIDE), last, WIDE, log_over=2.5)
     told = (
         "A line is the median of some steps, the band around it reaches from their least to their greatest value. "

@@ -142,7 +142,7 @@ def _number(value: object) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 def _step(value: object) -> int | None:
@@ -163,7 +163,7 @@ class _Columns:
             self.found[key] = array("I"), array("d")
         places, values = self.found[key]
         places.append(len(self.steps) - 1)
-        values.append(_number(value))
+        values.append(value if type(value) is float else _number(value))
 
     def curve(self, key: tuple[str, ...]) -> Curve:
         places, values = self.found[key]

@@ -61,8 +61,8 @@ def log_ticks(low: float, high: float) -> list[float]:
 def spread_ticks(scale: Scale, count: int = 6) -> list[float]:
     """About `count` round numbers in a scale's range, wherever it begins.
 
-    >>> spread_ticks(Scale(0.41, 0.92, 0, 1), 5), spread_ticks(Scale(0.2, 12, 0, 1, is_log=True), 5)
-    ([0.5, 0.6, 0.7, 0.8, 0.9], [0.2, 0.5, 1.0, 2.0, 5.0, 10.0])
+    >>> spread_ticks(Scale(3.5, 9.2, 0, 1)), spread_ticks(Scale(0.2, 12, 0, 1, is_log=True), 5)
+    ([4.0, 5.0, 6.0, 7.0, 8.0, 9.0], [0.2, 0.5, 1.0, 2.0, 5.0, 10.0])
     """
     low, high = scale.low, scale.high
     if scale.is_log:
