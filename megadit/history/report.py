@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -25,21 +24,19 @@ from megadit.history.charts import (
     curves_chart,
     load_chart,
     load_columns,
-    number,
     series_legend,
     sign_legend,
 )
+from megadit.history.chronicle import event_table
+from megadit.history.comparison import differences, figures, flat
 from megadit.history.curve import Curve
-from megadit.history.look import COLOURS, HEAT, LEVELS, RULES, SCRIPT, SIGNS, sign_of
+from megadit.history.look import COLOURS, HEAT, LEVELS, RULES, SCRIPT, sign_of
 from megadit.history.outcome import duration, num_starts, restarts, verdict
-from megadit.history.story import ROUTING, Event, Story
+from megadit.history.story import ROUTING, Story
+from megadit.history.told import Told, labels, last_of, letter, said
 from megadit.page.markup import Markup, join, tag
-from megadit.page.parts import legend, note, page, section, table, tiles
+from megadit.page.parts import legend, note, page, section, tiles
 from megadit.page.style import style_sheet
-
-ROWS = 300  # of the table of events; of more, the first and the last are shown
-WORDS = 400  # letters of what else an event tells
-OWN = {"run.name", "run.dir"}  # settings in which runs differ anyway
 
 
 class Shown(NamedTuple):
@@ -67,25 +64,11 @@ STATISTICS = {
 }
 
 
-@dataclass(frozen=True)
-class Told:
-    """A run on the page. mark: a letter where there are several. place: of its colour."""
-
-    story: Story
-    label: str
-    mark: str
-    place: int
-
-    def series(self, curve: Curve, kind: str = "", dotted: bool = False) -> Series:
-        name = " ".join(part for part in (self.mark and self.label, kind) if part)
-        return Series(name, self.mark, curve, self.place, dotted)
-
-
 def report(stories: Sequence[Story], now: float) -> str:
     """The page. `now`: seconds since 1970."""
     alone = len(stories) == 1
     runs = [
-        Told(story, label, "" if alone else _letter(place), place)
+        Told(story, label, "" if alone else letter(place), place)
         for place, (story, label) in enumerate(zip(stories, labels(stories), strict=True))
     ]
     last = max(story.last_step for story in stories)
@@ -94,7 +77,7 @@ def report(stories: Sequence[Story], now: float) -> str:
     drawn = datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     parts: list[str] = [tag("h1", title), tag("p", f"{_where(stories)} · drawn {drawn}", class_="sub")]
     parts.append(_verdicts(runs, now))
-    parts += [_tiles(stories[0])] if alone else [_figures(runs, now), *_differences(runs)]
+    parts += [_tiles(stories[0])] if alone else [figures(runs, now), *differences(runs)]
     if last:
         parts += [_losses(runs, last), *_gradient(runs, last), *_machine(runs, last), *_routing(runs, last)]
     parts += [*_loads(runs, last), *_events(runs)]
@@ -111,25 +94,6 @@ def _policy() -> str:
     """What a browser may do with the page: load nothing, and run the one script."""
     script = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     return f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{script}'"
-
-
-def labels(stories: Sequence[Story]) -> list[str]:
-    """Names that tell runs apart: with their folders where names are the same, with numbers where those are too."""
-    names = [story.name for story in stories]
-    told = [
-        name if names.count(name) == 1 else f"{name} ({story.folder})"
-        for name, story in zip(names, stories, strict=True)
-    ]
-    return [
-        label if told.count(label) == 1 else f"{label}, {told[:place].count(label) + 1}"
-        for place, label in enumerate(told)
-    ]
-
-
-def _letter(place: int) -> str:
-    """A, B, ..., Z, A1, ..."""
-    turn, letter = divmod(place, 26)
-    return chr(ord("A") + letter) + (str(turn) if turn else "")
 
 
 def _where(stories: Sequence[Story]) -> str:
@@ -150,16 +114,6 @@ def _verdicts(runs: Sequence[Told], now: float) -> Markup:
     return tag("div", *made, class_="verdicts")
 
 
-def _said(value: float, unit: str = "") -> str:
-    """A number; a dash for one that is not known."""
-    return f"{number(value)}{unit}" if math.isfinite(value) else "–"
-
-
-def _last(curve: Curve) -> str:
-    """The last value as it is, finite or not."""
-    return number(float(curve.values[-1])) if len(curve) else "–"
-
-
 def _tiles(story: Story) -> Markup:
     loss, heldout = story.curve("loss"), story.curve("heldout_loss")
     planned, seconds = story.planned, story.curve("seconds").median()
@@ -175,21 +129,21 @@ def _tiles(story: Story) -> Markup:
     memory = story.curve("peak_memory_gb").finite
     made = [
         ("steps done", f"{story.last_step:,}", part),
-        ("last loss", _last(loss), f"{_said(loss.recent())}: the median of the last 100"),
+        ("last loss", last_of(loss), f"{said(loss.recent())}: the median of the last 100"),
     ]
     if len(heldout):
         best = heldout.finite.min(initial=math.inf)
-        made.append(("held-out loss", _last(heldout), f"{_said(best)}: the least"))
+        made.append(("held-out loss", last_of(heldout), f"{said(best)}: the least"))
     made += [
-        ("step", _said(seconds, " s"), ahead),
+        ("step", said(seconds, " s"), ahead),
         (
             "throughput",
-            _said(story.curve("images_per_second").median(), " images/s"),
-            f"{_said(story.curve('tflops_per_gpu').median())} TFLOP/s of each GPU, the median",
+            said(story.curve("images_per_second").median(), " images/s"),
+            f"{said(story.curve('tflops_per_gpu').median())} TFLOP/s of each GPU, the median",
         ),
     ]
     if len(memory):
-        made.append(("peak memory", _said(memory.max(), " GB"), "of process 0"))
+        made.append(("peak memory", said(memory.max(), " GB"), "of process 0"))
     if story.events:
         total = sum(restart.lost for restart in lost)
         made.append(("starts", f"{num_starts(story):,}", f"{_count(len(lost), 'restart')} of a run that had begun"))
@@ -206,74 +160,6 @@ def _count(count: int, noun: str) -> str:
     ('1 restart', '2 restarts')
     """
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-# Several runs
-
-
-def _figures(runs: Sequence[Told], now: float) -> Markup:
-    rows = []
-    for run in runs:
-        story = run.story
-        heldout = story.curve("heldout_loss")
-        memory = story.curve("peak_memory_gb").finite
-        known = bool(story.events)
-        rows.append(
-            (
-                f"{run.mark} {run.label}",
-                verdict(story, now).word,
-                f"{story.last_step:,}",
-                _said(story.curve("loss").recent()),
-                _last(heldout),
-                _said(heldout.finite.min(initial=math.inf)),
-                _said(story.curve("grad_norm").recent()),
-                _said(story.curve("seconds").median()),
-                _said(story.curve("images_per_second").median()),
-                _said(story.curve("tflops_per_gpu").median()),
-                _said(memory.max(initial=-math.inf)),
-                f"{num_starts(story):,}",
-                duration(sum(restart.lost for restart in restarts(story.events))) if known else "–",
-                f"{len(story.skipped):,}",
-            )
-        )
-    header = (
-        *("run", "state", "steps", "loss", "held out", "least", "grad. norm"),
-        *("s per step", "images/s", "TFLOP/s", "peak GB", "starts", "lost", "left out"),
-    )
-    told = "Loss and gradient norm: medians of the last 100 steps. Times and rates: medians of all steps."
-    return section("figures", "Final figures", note(told), table(header, rows, words=2))
-
-
-def flat(config: Mapping[str, object]) -> dict[str, str]:
-    """A configuration as "section.key" -> value, as text."""
-    found: dict[str, str] = {}
-    for section_name, values in config.items():
-        if isinstance(values, Mapping):
-            found |= {f"{section_name}.{key}": _plain(value) for key, value in values.items()}
-        else:
-            found[str(section_name)] = _plain(values)
-    return found
-
-
-def _plain(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _flat_text(config: Mapping[str, object]) -> str:
-    return "\n".join(f"{key}: {value}" for key, value in flat(config).items())
-
-
-def _differences(runs: Sequence[Told]) -> list[Markup]:
-    configs = [flat(run.story.config) for run in runs]
-    keys = dict.fromkeys(key for config in configs for key in config)
-    rows = [
-        (key, *(config.get(key, "–") for config in configs))
-        for key in keys
-        if key not in OWN and len({config.get(key) for config in configs}) > 1
-    ]
-    header = ("setting", *(f"{run.mark} {run.label}" for run in runs))
-    body = table(header, rows, words=len(header)) if rows else note("Nothing but their names.")
-    return [section("differences", "What differs between their configurations", body)]
 
 
 # Curves
@@ -382,72 +268,20 @@ def _loads(runs: Sequence[Told], last: int) -> list[Markup]:
     return [section("load", "Load of the experts", note(text), keys, tag("div", *charts, class_="pair"))]
 
 
-# Events
-
-
 def _events(runs: Sequence[Told]) -> list[Markup]:
     return [
         section(
             f"events{run.mark and '-' + run.mark}",
             f"Events of {run.mark} {run.label}" if run.mark else "Events",
-            *_event_table(run.story.events),
+            event_table(run.story.events),
         )
         for run in runs
         if run.story.events
     ]
 
 
-def _event_table(events: Sequence[Event]) -> list[Markup]:
-    """Every event; saves without another event between them are one row."""
-    rows: list[tuple[Sequence[str], str]] = []
-    begin, lost = events[0].time, iter(restarts(events))
-    saves: list[Event] = []
-    began = False
-
-    def put_saves() -> None:
-        if saves:
-            first, latest = saves[0], saves[-1]
-            steps = f"{first.step:,}" if first is latest else f"{first.step:,} to {latest.step:,}"
-            kind = "save" if first is latest else f"{len(saves):,} saves"
-            rows.append(((_clock(latest.time), _since(begin, latest.time), kind, steps, latest.reason[:WORDS],
-                          _more(latest) if first is latest else ""), ""))  # fmt: skip
-            saves.clear()
-
-    for event in events:
-        if event.kind == "save" and not event.failed:
-            saves.append(event)
-            continue
-        put_saves()
-        more = _more(event)
-        if event.kind in ("start", "resume"):
-            if began and (restart := next(lost, None)) is not None:
-                more = f"{duration(restart.lost)} lost; {more}"
-            began = True
-        name = sign_of(event)
-        kind = "save failed" if event.failed else event.kind
-        cells = (_clock(event.time), _since(begin, event.time), kind, f"{event.step:,}", event.reason[:WORDS], more)
-        rows.append((cells, "bad" if SIGNS[name].tone == "bad" else ""))
-    put_saves()
-    left_out = len(rows) - ROWS
-    if left_out > 0:
-        half = ROWS // 2
-        rows[half:-half] = [(("", "", f"{left_out:,} rows", "", "are left out here; events.jsonl has them", ""), "")]
-    header = ("time (UTC)", "after", "event", "step", "reason", "more")
-    return [table(header, [cells for cells, _ in rows], words=len(header), classes=[kind for _, kind in rows])]
-
-
-def _clock(time: float | None) -> str:
-    return "–" if time is None else datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M:%S")
-
-
-def _since(begin: float | None, time: float | None) -> str:
-    return "–" if begin is None or time is None else duration(max(0.0, time - begin))
-
-
-def _more(event: Event) -> str:
-    """What else an event tells, in short."""
-    said = ", ".join(f"{key}: {_plain(value)}" for key, value in event.more.items())
-    return said if len(said) <= WORDS else said[:WORDS] + " …"
+def _flat_text(config: Mapping[str, object]) -> str:
+    return "\n".join(f"{key}: {value}" for key, value in flat(config).items())
 
 
 def write_report(path: Path, stories: Sequence[Story], now: float) -> None:

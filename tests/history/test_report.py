@@ -11,10 +11,12 @@ import pytest
 from PIL import Image
 
 from megadit.history.charts import HALF, WIDE, Series, curves_chart, level, load_chart
+from megadit.history.comparison import flat
 from megadit.history.curve import Curve, Loads
 from megadit.history.look import COLOURS, HEAT, SCRIPT, SIGNS
-from megadit.history.report import flat, labels, report
+from megadit.history.report import report
 from megadit.history.story import Story, read_story
+from megadit.history.told import labels
 from megadit.page.style import contrast
 from tests.history.made import EVERY_EVENT, curve, event, folder, line, settings
 from tests.page.browser import Browser, probe
