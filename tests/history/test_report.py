@@ -304,7 +304,7 @@ def test_whatever_the_lines_hold_there_is_a_page(tmp_path, seed):
 
 @pytest.mark.drill
 def test_a_very_long_run_is_a_small_page(tmp_path):
-    """800,000 steps: read in about a minute at most, and every extreme is there."""
+    """800,000 steps: read and drawn in less than a minute, and every extreme is there."""
     told = line(1, 0.5)
     chance = random.Random(0)
     path = folder(tmp_path / "run", [], [], settings("mine", 800_000))
@@ -312,9 +312,9 @@ def test_a_very_long_run_is_a_small_page(tmp_path):
         for step in range(1, 800_001):
             told |= {"step": step, "loss": 0.5 + chance.random(), "grad_norm": 77.0 if step == 400_000 else 1.0}
             file.write(json.dumps(told) + "\n")
-    begin = time.monotonic()
+    begin = time.process_time()  # whatever else the machine does
     page = report([read_story(path)], 0.0)
-    assert time.monotonic() - begin < 120
+    assert time.process_time() - begin < 60
     assert len(page) < 500_000
     svg = chart(Tree(page).open[0], "gradient")
     (band,) = svg.all("path", class_="band")
