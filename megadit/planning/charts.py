@@ -1,24 +1,18 @@
-"""Plots of a plan as inline SVG, without scripts: colours come from the page's style, and hovering names every mark.
-
-Coordinates are those of a drawing WIDTH wide, which a browser scales to the page.
-"""
+"""Plots of a plan as inline SVG, without scripts: colours come from the page's style, and hovering names every mark."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
-from megadit.planning.markup import Markup, join, quantity, tag
+from megadit.page.axes import LETTER, WIDTH, Scale, drawing, log_ticks, text, tick_label, ticks, titled
+from megadit.page.markup import Markup, quantity, tag
 from megadit.planning.memory import Memory
 from megadit.planning.plan import Plan, RankPlan
 from megadit.planning.schedule import Action, Span
 from megadit.planning.search import Candidate
 
-WIDTH = 960.0
 ROW, BAR = 30.0, 22.0  # height of a rank's row, and of what is drawn in it
 AXIS = 26.0  # below the rows
-LETTER = 6.4  # width of one, about: text of 12 pixels
 MAX_HOVER = 6000  # spans that have a hover text each; more make a page slow
 
 # What stays from step to step, in blues; then what comes and goes.
@@ -41,86 +35,17 @@ ACTIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Scale:
-    """Values to pixels, linear or logarithmic."""
-
-    low: float
-    high: float
-    first: float
-    last: float
-    is_log: bool = False
-
-    def __call__(self, value: float) -> float:
-        if self.is_log:
-            part = math.log(value / self.low) / math.log(self.high / self.low)
-        else:
-            part = (value - self.low) / (self.high - self.low)
-        return self.first + part * (self.last - self.first)
-
-
-def ticks(high: float, count: int = 6) -> list[float]:
-    """Round numbers from 0 to at most `high`, about `count` of them.
-
-    >>> ticks(80.0)
-    [0.0, 20.0, 40.0, 60.0, 80.0]
-    """
-    step = _round_up(high / count)
-    return [step * i for i in range(math.floor(high / step + 1e-9) + 1)]
-
-
-def _round_up(value: float) -> float:
-    """To 1, 2, 2.5 or 5 times a power of ten."""
-    power = 10.0 ** math.floor(math.log10(value))
-    return next(power * digit for digit in (1, 2, 2.5, 5, 10) if power * digit >= value * (1 - 1e-9))
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten in a range.
-
-    >>> log_ticks(0.3, 12)
-    [0.5, 1.0, 2.0, 5.0, 10.0]
-    """
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [value for power in powers for digit in (1, 2, 5) if low <= (value := digit * 10.0**power) <= high]
-
-
-def _drawing(height: float, label: str, *marks: str) -> Markup:
-    """The whole plot; `label` is what a screen reader says."""
-    box = f"0 0 {WIDTH:.0f} {height:.0f}"
-    return tag("div", tag("svg", *marks, viewBox=box, role="img", aria_label=label), class_="plot")
-
-
-def _text(x: float, y: float, content: str, **attributes: object) -> Markup:
-    return tag("text", content, x=x, y=y, **attributes)
-
-
-def _titled(name: str, title: str, **attributes: object) -> Markup:
-    """A mark that says what it is when the pointer is over it."""
-    return tag(name, tag("title", title), **attributes)
-
-
 def _axis(scale: Scale, unit: str, top: float, bottom: float) -> Iterator[Markup]:
     """Grid lines from `top` to `bottom`, with numbers below."""
     for value in ticks(scale.high):
         x = scale(value)
         yield tag("line", x1=x, x2=x, y1=top, y2=bottom, class_="grid")
-        yield _text(x, bottom + 18, _tick(value, unit), class_="tick", text_anchor="middle")
-
-
-def _tick(value: float, unit: str) -> str:
-    """A round number.
-
-    >>> _tick(2.5e9, "B"), _tick(20e9, "B")
-    ('2.5 GB', '20 GB')
-    """
-    number, prefixed = quantity(value, unit).split(" ")
-    return f"{number.rstrip('0').rstrip('.') if '.' in number else number} {prefixed}"
+        yield text(x, bottom + 18, tick_label(value, unit), class_="tick", text_anchor="middle")
 
 
 def _row_labels(labels: Sequence[str]) -> Iterator[Markup]:
     for place, label in enumerate(labels):
-        yield _text(0.0, place * ROW + ROW / 2 + 4, label, class_="label")
+        yield text(0.0, place * ROW + ROW / 2 + 4, label, class_="label")
 
 
 def _margin(labels: Iterable[str]) -> float:
@@ -162,10 +87,10 @@ def memory_chart(plan: Plan) -> Markup:
     if shows_capacity:
         x = scale(capacity)
         marks += [
-            _titled("line", "the memory of one GPU", x1=x, x2=x, y1=top - 4, y2=bottom, class_="limit"),
-            _text(x, 12.0, f"{plan.gpu.name}: {quantity(capacity, 'B')}", class_="limit-label", text_anchor="middle"),
+            titled("line", "the memory of one GPU", x1=x, x2=x, y1=top - 4, y2=bottom, class_="limit"),
+            text(x, 12.0, f"{plan.gpu.name}: {quantity(capacity, 'B')}", class_="limit-label", text_anchor="middle"),
         ]
-    return _drawing(bottom + AXIS, "Bytes on a GPU of each pipeline rank, by category", *marks)
+    return drawing(bottom + AXIS, "Bytes on a GPU of each pipeline rank, by category", *marks)
 
 
 def _memory_bar(rank: RankPlan, y: float, scale: Scale) -> Iterator[Markup]:
@@ -177,11 +102,11 @@ def _memory_bar(rank: RankPlan, y: float, scale: Scale) -> Iterator[Markup]:
             continue
         title = f"rank {rank.rank}, {name} ({CATEGORIES[name]}): {quantity(nbytes, 'B')}"
         seam = 1 if width > 3 else 0
-        yield _titled("rect", title, x=x, y=y, width=width - seam, height=BAR, rx=2, class_=f"fill-{name}")
+        yield titled("rect", title, x=x, y=y, width=width - seam, height=BAR, rx=2, class_=f"fill-{name}")
         said = quantity(nbytes, "B")
         if width > LETTER * len(said) + 8:
-            yield _text(x + width / 2, y + 15, said, class_=f"on-{name}", text_anchor="middle")
-    yield _text(scale(at) + 6, y + 15, quantity(at, "B"), class_="value")
+            yield text(x + width / 2, y + 15, said, class_=f"on-{name}", text_anchor="middle")
+    yield text(scale(at) + 6, y + 15, quantity(at, "B"), class_="value")
 
 
 # Time
@@ -204,7 +129,7 @@ def timeline_chart(plan: Plan) -> Markup:
         marks += draw(rank.rank, spans, y, scale)
         begin, seconds = plan.timeline.total, rank.update_seconds
         marks.append(
-            _titled(
+            titled(
                 "rect",
                 f"rank {rank.rank}, {ACTIONS['update']}: {quantity(seconds, 's')}",
                 x=scale(begin),
@@ -214,7 +139,7 @@ def timeline_chart(plan: Plan) -> Markup:
                 class_="fill-update",
             )
         )
-    return _drawing(bottom + AXIS, "The schedule of one step on each pipeline rank", *marks)
+    return drawing(bottom + AXIS, "The schedule of one step on each pipeline rank", *marks)
 
 
 def _chunks(spans: Sequence[Span]) -> dict[int, int]:
@@ -229,7 +154,7 @@ def _spans(rank: int, spans: Sequence[Span], y: float, scale: Scale) -> Iterator
         x, width = scale(begin), scale(end) - scale(begin)
         chunk = chunks[action.stage]
         seam = 0.6 if width > 2.5 else 0.0
-        yield _titled(
+        yield titled(
             "rect",
             _action_title(rank, action, begin, end),
             x=x,
@@ -241,7 +166,7 @@ def _spans(rank: int, spans: Sequence[Span], y: float, scale: Scale) -> Iterator
         )
         if width > LETTER * len(str(action.microbatch)) + 4:
             ink = "value" if chunk else f"on-{action.kind}"
-            yield _text(x + width / 2, y + 15, str(action.microbatch), class_=f"small {ink}", text_anchor="middle")
+            yield text(x + width / 2, y + 15, str(action.microbatch), class_=f"small {ink}", text_anchor="middle")
 
 
 def _action_title(rank: int, action: Action, begin: float, end: float) -> str:
@@ -280,11 +205,11 @@ def terms_chart(terms: dict[str, float]) -> Markup:
             continue
         title = f"{name}: {quantity(seconds, 's')}"
         marks.append(
-            _titled("rect", title, x=x, y=0, width=max(width - 1, 0.5), height=34, rx=2, class_=f"fill-term{place}")
+            titled("rect", title, x=x, y=0, width=max(width - 1, 0.5), height=34, rx=2, class_=f"fill-term{place}")
         )
         if width > LETTER * len(title) + 8:
-            marks.append(_text(x + width / 2, 21.0, title, class_=f"on-term{place}", text_anchor="middle"))
-    return _drawing(34.0, "What the seconds of a step are made of", *marks)
+            marks.append(text(x + width / 2, 21.0, title, class_=f"on-term{place}", text_anchor="middle"))
+    return drawing(34.0, "What the seconds of a step are made of", *marks)
 
 
 # Search
@@ -327,7 +252,7 @@ def pareto_chart(plan: Plan, found: Sequence[Candidate]) -> Markup:
         at = x(capacity)
         marks += [
             tag("line", x1=at, x2=at, y1=y.last, y2=y.first, class_="limit"),
-            _text(
+            text(
                 at - 6,
                 y.last + 12,
                 f"{plan.gpu.name}: {quantity(capacity, 'B')}",
@@ -344,7 +269,7 @@ def pareto_chart(plan: Plan, found: Sequence[Candidate]) -> Markup:
     fitting = [candidate for candidate in planned if not candidate.reason]
     if fitting:
         marks += _best_label(fitting[0], x, y)
-    return _drawing(height, "Peak memory against seconds of a step, of every layout", *marks)
+    return drawing(height, "Peak memory against seconds of a step, of every layout", *marks)
 
 
 def _pareto_scales(plan: Plan, planned: Sequence[Candidate], height: float) -> tuple[Scale, Scale]:
@@ -362,20 +287,20 @@ def _pareto_axes(x: Scale, y: Scale) -> Iterator[Markup]:
     for value in log_ticks(x.low, x.high):
         at = x(value)
         yield tag("line", x1=at, x2=at, y1=y.last, y2=y.first, class_="grid")
-        yield _text(at, y.first + 18, _tick(value, "B"), class_="tick", text_anchor="middle")
+        yield text(at, y.first + 18, tick_label(value, "B"), class_="tick", text_anchor="middle")
     for value in log_ticks(y.low, y.high):
         at = y(value)
         yield tag("line", x1=x.first, x2=x.last, y1=at, y2=at, class_="grid")
-        yield _text(x.first - 8, at + 4, _tick(value, "s"), class_="tick", text_anchor="end")
-    yield _text((x.first + x.last) / 2, y.first + 40, "most bytes on a GPU", class_="label", text_anchor="middle")
+        yield text(x.first - 8, at + 4, tick_label(value, "s"), class_="tick", text_anchor="end")
+    yield text((x.first + x.last) / 2, y.first + 40, "most bytes on a GPU", class_="label", text_anchor="middle")
     middle = (y.first + y.last) / 2
     turned = f"rotate(-90 12 {middle:.0f})"
-    yield _text(12.0, middle, "seconds of a step", class_="label", text_anchor="middle", transform=turned)
+    yield text(12.0, middle, "seconds of a step", class_="label", text_anchor="middle", transform=turned)
 
 
 def _point(candidate: Candidate, x: Scale, y: Scale) -> Markup:
     assert candidate.plan is not None
-    return _titled(
+    return titled(
         "circle",
         f"{candidate}\n{quantity(candidate.plan.seconds, 's')}, MFU {candidate.plan.mfu:.1%}, "
         f"{quantity(candidate.plan.peak, 'B')}{': ' + candidate.reason if candidate.reason else ''}",
@@ -398,11 +323,4 @@ def _best_label(best: Candidate, x: Scale, y: Scale) -> Iterator[Markup]:
     said = f"fastest that fits: {quantity(seconds_of(best), 's')}"
     is_left = cx > x.last - LETTER * len(said)
     yield tag("circle", cx=cx, cy=cy, r=9.5, class_="best")
-    yield _text(cx + (4 if is_left else -4), cy + 24, said, class_="value", text_anchor="end" if is_left else "start")
-
-
-def legend(entries: Iterable[tuple[str, str]]) -> Markup:
-    """(class of the colour, what it is) of each entry, as HTML."""
-    return tag(
-        "p", *(join(tag("span", tag("i", class_=f"swatch {name}"), said)) for name, said in entries), class_="legend"
-    )
+    yield text(cx + (4 if is_left else -4), cy + 24, said, class_="value", text_anchor="end" if is_left else "start")

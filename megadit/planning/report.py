@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from megadit.model.count import Flops, Size, size_of
+from megadit.page.markup import Markup, quantity, tag
+from megadit.page.parts import legend, note, page, section, table, tiles
+from megadit.page.style import style_sheet
 from megadit.planning.charts import (
     ACTIONS,
     CATEGORIES,
     layers_of,
-    legend,
     memory_chart,
     pareto_chart,
     pareto_front,
@@ -24,11 +26,10 @@ from megadit.planning.charts import (
     terms_chart,
     timeline_chart,
 )
+from megadit.planning.colours import COLOURS, RULES
 from megadit.planning.hardware import Efficiency, Gpu
-from megadit.planning.markup import Markup, quantity, tag
 from megadit.planning.plan import SAMPLES, Plan
 from megadit.planning.search import Candidate, does_not_fit
-from megadit.planning.style import style_sheet
 from megadit.planning.summary import days, flops, traffic, where
 
 BEST, EXAMPLES = 15, 12  # layouts in the table of the fastest; reasons in that of the others
@@ -75,14 +76,7 @@ def report(plan: Plan, found: Sequence[Candidate]) -> str:
         _configuration(plan),
         tag("footer", "Made by megadit, tools/plan.py. An estimate: docs/planning.md explains every term."),
     )
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", f"{name}: plan for {plan.world_size} × {plan.gpu.name}"),
-        tag("style", Markup(style_sheet())),
-    )
-    return "<!DOCTYPE html>\n" + tag("html", head, tag("body", body), lang="en") + "\n"
+    return page(f"{name}: plan for {plan.world_size} × {plan.gpu.name}", style_sheet(COLOURS, RULES), body)
 
 
 # The head of the page
@@ -114,7 +108,7 @@ def _verdict(plan: Plan) -> Markup:
 
 
 def _tiles(plan: Plan, size: Size) -> Markup:
-    tiles = (
+    made = (
         ("step", quantity(plan.seconds, "s"), f"of {plan.config.data.global_batch:,} images"),
         ("MFU", f"{plan.mfu:.1%}", f"{quantity(_rate(plan), 'FLOP/s')} on each GPU"),
         ("throughput", f"{plan.images_per_second:,.0f} images/s", f"on {plan.world_size:,} GPUs"),
@@ -128,14 +122,7 @@ def _tiles(plan: Plan, size: Size) -> Markup:
         ("parameters", number(size.total), f"{number(size.frozen.total)} of them frozen"),
         ("activated", number(size.activated), "parameters, for one token"),
     )
-    return tag(
-        "div",
-        *(
-            tag("div", tag("span", name), tag("b", value), tag("small", note), class_="tile")
-            for name, value, note in tiles
-        ),
-        class_="tiles",
-    )
+    return tiles(made)
 
 
 def _rate(plan: Plan) -> float:
@@ -155,30 +142,6 @@ def number(count: int) -> str:
     return f"{count:,}"
 
 
-# Tables
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> Markup:
-    """The first `words` columns are to the left, numbers to the right; a row whose first cell is "total" is a sum."""
-
-    def row(cells: Sequence[str], kind: str) -> Markup:
-        made = []
-        for place, cell in enumerate(cells):
-            made.append(tag(kind, cell, **({} if place < words else {"class_": "number"})))
-        return tag("tr", *made, **({"class_": "sum"} if cells[0] == "total" else {}))
-
-    head = tag("thead", row(header, "th"))
-    return tag("div", tag("table", head, tag("tbody", *(row(cells, "td") for cells in rows))), class_="scroll")
-
-
-def _section(anchor: str, title: str, *parts: str) -> Markup:
-    return tag("section", tag("h2", title), *parts, id=anchor)
-
-
-def _note(text: str) -> Markup:
-    return tag("p", text, class_="note")
-
-
 # Memory and time
 
 
@@ -195,16 +158,16 @@ def _memory(plan: Plan) -> Markup:
         )
         for rank in plan.ranks
     ]
-    return _section(
+    return section(
         "memory",
         "Memory of a GPU",
-        _note(
+        note(
             "On each pipeline rank; ranks that differ along other axes hold as much. The peak is the state and buffers "
             "with gradients and activations, or with what the update needs, whichever is more."
         ),
         legend(entries),
         memory_chart(plan),
-        _table(("rank", "layers", "parameters", *names, "updating", "peak"), rows, words=2),
+        table(("rank", "layers", "parameters", *names, "updating", "peak"), rows, words=2),
     )
 
 
@@ -214,10 +177,10 @@ def _timeline(plan: Plan) -> Markup:
     notes = " Further stages of a rank are paler." if plan.config.parallel.stages_on_rank > 1 else ""
     if plan.gpu.cores:
         notes += " Drawn as if no rank shared its cores with others, which a step's seconds allow for."
-    return _section(
+    return section(
         "timeline",
         "Schedule of a step",
-        _note(
+        note(
             f"{plan.config.parallel.schedule}, {plan.num_microbatches} microbatches of {plan.micro_batch} images on "
             f"each rank; a number is a microbatch.{notes} The busiest rank waits {plan.timeline.bubble:.1%} of the "
             f"forward and backward passes (the bubble); the mean rank has {plan.timeline.imbalance:.1%} less to do "
@@ -233,15 +196,15 @@ def _terms(plan: Plan) -> Markup:
     rows = [(name, quantity(seconds, "s"), f"{seconds / plan.seconds:.1%}") for name, seconds in terms.items()]
     rows.append(("total", quantity(plan.seconds, "s"), "100%"))
     rate = quantity(plan.gpu.rate(plan.config.run.dtype), "FLOP/s")
-    return _section(
+    return section(
         "seconds",
         "Seconds of a step",
-        _note("Of the pipeline rank that has most to do."),
+        note("Of the pipeline rank that has most to do."),
         terms_chart(terms),
         legend((f"fill-term{place}", name) for place, name in enumerate(terms)),
-        _table(("part", "time", "share"), rows),
+        table(("part", "time", "share"), rows),
         tag("h3", "MFU"),
-        _note(
+        note(
             f"{quantity(plan.flops, 'FLOP')} of the model in a step, over {quantity(plan.seconds, 's')} and "
             f"{plan.world_size:,} GPUs, are {quantity(_rate(plan), 'FLOP/s')} on each: {plan.mfu:.1%} of the {rate} of "
             f"{plan.config.run.dtype} in the datasheet."
@@ -258,16 +221,16 @@ def _communication(plan: Plan) -> Markup:
         rows.append(
             (axis, place, operation, f"{size:,}", f"{count:,}", quantity(nbytes / count, "B"), f"{nbytes / 1e9:,.3f}")
         )
-    return _section(
+    return section(
         "communication",
         "Communication of a step",
-        _note(
+        note(
             "Calls and bytes of the pipeline rank that has most of them. Bytes are of the whole tensor: the sum, what "
             "is gathered or scattered, what a rank sends to all others, or to its neighbour."
         ),
-        _table(("group", "where", "collective", "size", "calls", "each, mean", "GB in all"), rows, words=3)
+        table(("group", "where", "collective", "size", "calls", "each, mean", "GB in all"), rows, words=3)
         if rows
-        else _note("None: there is one rank."),
+        else note("None: there is one rank."),
     )
 
 
@@ -279,7 +242,7 @@ def _search(plan: Plan, found: Sequence[Candidate]) -> Markup:
     fitting = [candidate for candidate in planned if not candidate.reason]
     front = pareto_front(planned)
     parts: list[str] = [
-        _note(
+        note(
             f"{len(found):,} layouts were looked at: {len(fitting):,} fit and leave the memory that was asked for, "
             f"{len(planned) - len(fitting):,} take too much at their peak, {len(found) - len(planned):,} need no plan "
             "to be ruled out. All but the fastest are planned coarsely, which may make a step seem a little shorter."
@@ -298,7 +261,7 @@ def _search(plan: Plan, found: Sequence[Candidate]) -> Markup:
         ]
     if len(fitting) < len(found):
         parts += [tag("h3", "Why the others do not fit"), _refusals(found)]
-    return _section("search", "All layouts", *parts)
+    return section("search", "All layouts", *parts)
 
 
 def _candidates(candidates: Sequence[Candidate]) -> Markup:
@@ -323,7 +286,7 @@ def _candidates(candidates: Sequence[Candidate]) -> Markup:
             )
         )
     header = ("schedule", "recompute", "fits", "tensor", "pipeline", "expert", "micro-batch", "microbatches")
-    return _table((*header, "step", "MFU", "bubble", "peak"), rows, words=3)
+    return table((*header, "step", "MFU", "bubble", "peak"), rows, words=3)
 
 
 def _refusals(found: Sequence[Candidate]) -> Markup:
@@ -340,7 +303,7 @@ def _refusals(found: Sequence[Candidate]) -> Markup:
     rest = sum(counts.values()) - sum(count for _, count in common)
     if rest:
         rows.append((f"{rest:,}", "", f"{len(counts) - len(common):,} more reasons"))
-    return _table(("layouts", "such as", "because"), rows, words=3)
+    return table(("layouts", "such as", "because"), rows, words=3)
 
 
 def kind_of_refusal(candidate: Candidate) -> str:
@@ -369,14 +332,14 @@ def _model(plan: Plan, size: Size) -> Markup:
     rows.append(_part("total", size.total, total, size, group))
     header = ("part", "parameters", "share", "forward", "backward", "run again")
     again = plan.config.run.recompute
-    return _section(
+    return section(
         "model",
         "Parameters and operations by part",
-        _note(
+        note(
             "Operations are those of matrix products for one image, two for each multiply-add. Run again is what "
             f"run.recompute={again} repeats, and attention's scores. Experts count as often as tokens pass them."
         ),
-        _table(header, rows),
+        table(header, rows),
     )
 
 
@@ -390,11 +353,11 @@ def _part(name: str, count: int, operations: Flops, size: Size, images: int) -> 
 def _grounds(plan: Plan) -> Markup:
     gpu = plan.gpu
     calibrated = "the defaults, not calibrated" if gpu.efficiency == Efficiency() else "given"
-    return _section(
+    return section(
         "grounds",
         "What this rests on",
         tag("h3", f"{gpu.name}: the datasheet's rates, and the part of them that a program gets ({calibrated})"),
-        _table(("", "datasheet", "part", "reckoned with"), _rates(gpu, plan.config.run.dtype)),
+        table(("", "datasheet", "part", "reckoned with"), _rates(gpu, plan.config.run.dtype)),
         tag("h3", "Assumptions"),
         tag("ul", *(tag("li", text) for text in ASSUMPTIONS), class_="note"),
     )
@@ -423,4 +386,4 @@ def _rates(gpu: Gpu, dtype: str) -> Iterator[tuple[str, ...]]:
 
 
 def _configuration(plan: Plan) -> Markup:
-    return _section("configuration", "Configuration", tag("pre", plan.config.to_yaml()))
+    return section("configuration", "Configuration", tag("pre", plan.config.to_yaml()))

@@ -1,13 +1,8 @@
 """The report: well-formed, complete, true to the plan, loads nothing, and a browser paints it."""
 
 import dataclasses
-import json
 import re
-import shutil
-import subprocess
 from collections import Counter
-from html import unescape
-from html.parser import HTMLParser
 
 import pytest
 import yaml
@@ -16,17 +11,19 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megadit.model.count import size_of
+from megadit.page.style import contrast, ink_on
 from megadit.planning import charts
-from megadit.planning.charts import CATEGORIES, log_ticks, pareto_front, stack, ticks
+from megadit.planning.charts import CATEGORIES, pareto_front, stack
+from megadit.planning.colours import COLOURS
 from megadit.planning.hardware import Efficiency, load_gpu
-from megadit.planning.markup import quantity, tag
 from megadit.planning.plan import Planner
 from megadit.planning.report import ASSUMPTIONS, number, report
 from megadit.planning.search import Candidate, candidates, evaluate
 from megadit.planning.simulation import fake_world
-from megadit.planning.style import COLOURS, contrast, ink_on
 from megadit.planning.summary import days, traffic
 from megadit.training.config import check, load_config
+from tests.page.browser import Browser, probe
+from tests.page.tree import Tree, read, rows
 
 WORLD = 8
 NAME = """<script>alert("1")</script> & 'two'"""  # of a run: what a page must not take for markup
@@ -77,84 +74,9 @@ def pages(plans, found):
     return pages | {"search": report(plans["1f1b"], found)}
 
 
-# --- the page as a tree -----------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Element:
-    name: str
-    attributes: dict
-    children: list = dataclasses.field(default_factory=list)
-
-    def all(self, name=None, **attributes):
-        """This element and those below, of a name and with these attributes (`class_`: one of its classes)."""
-        wanted = {key.rstrip("_"): value for key, value in attributes.items()}
-        mine = {**self.attributes, "class": wanted.get("class") if wanted.get("class") in self.classes else None}
-        if name in (None, self.name) and all(mine.get(key) == value for key, value in wanted.items()):
-            yield self
-        for child in self.children:
-            if isinstance(child, Element):
-                yield from child.all(name, **attributes)
-
-    def one(self, name=None, **attributes):
-        (element,) = self.all(name, **attributes)
-        return element
-
-    @property
-    def classes(self):
-        return self.attributes.get("class", "").split()
-
-    @property
-    def text(self):
-        return "".join(child if isinstance(child, str) else child.text for child in self.children)
-
-    def number(self, key):
-        return float(self.attributes[key])
-
-
-class Tree(HTMLParser):
-    """Builds the page's tree, and fails where an element is not closed or closed twice."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.open = [Element("", {})]
-        self.feed(page)
-        self.close()
-        assert [element.name for element in self.open] == [""], "never closed"
-
-    def handle_starttag(self, name, attributes):
-        assert len(attributes) == len(dict(attributes)), f"an attribute of {name} comes twice"
-        element = Element(name, dict(attributes))
-        self.open[-1].children.append(element)
-        self.open.append(element)
-
-    def handle_endtag(self, name):
-        assert self.open[-1].name == name, f"</{name}> where {self.open[-1].name} is open"
-        self.open.pop()
-
-    def handle_data(self, data):
-        self.open[-1].children.append(data)
-
-
 @pytest.fixture(scope="module")
 def trees(pages):
     return {name: Tree(page).open[0] for name, page in pages.items()}
-
-
-def rows(tree, section, table=0):
-    """A table's body, as text."""
-    body = list(tree.one("section", id=section).all("tbody"))[table]
-    return [[cell.text for cell in row.all("td")] for row in body.all("tr")]
-
-
-PREFIXES = {"n": 1e-9, "µ": 1e-6, "m": 1e-3, "": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
-
-
-def read(text, unit):
-    """The number that a text such as "25.9 GB" says."""
-    said = re.fullmatch(rf"([\d.,]+) (.?){re.escape(unit)}", text)
-    assert said, text
-    return float(said[1].replace(",", "")) * PREFIXES[said[2]]
 
 
 def says(value):
@@ -390,38 +312,8 @@ def test_pareto_front(costs):
 # --- pieces -----------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
-@given(st.floats(1e-6, 1e15))
-def test_ticks_are_round_and_in_range(high):
-    found = ticks(high)
-    assert found[0] == 0 and 3 <= len(found) <= 8
-    assert found[-1] <= high * (1 + 1e-6) < found[-1] + 1.001 * found[1]
-    assert f"{found[1]:.1e}"[0] in "125"
-
-
-@settings(deadline=None)
-@given(st.floats(1e-6, 1e12), st.floats(1.3, 1e4))
-def test_logarithmic_ticks(low, ratio):
-    found = log_ticks(low, low * ratio)
-    assert all(low <= value <= low * ratio for value in found)
-    assert len(found) >= 3 * int(len(f"{int(ratio)}") - 1)  # of every whole power of ten
-
-
-@settings(deadline=None)
-@given(st.floats(1e-8, 9e17))
-def test_quantities_say_the_number(value):
-    assert read(quantity(value, "s"), "s") == pytest.approx(value, rel=0.00501)
-
-
 def test_numbers_of_parameters():
     assert (number(999), number(12_345_678), number(8_270_000_000)) == ("999", "12.35 million", "8.27 billion")
-
-
-@settings(deadline=None)
-@given(st.text(st.characters(exclude_categories=["Cs", "Cc"])), st.text(st.characters(exclude_categories=["Cs", "Cc"])))
-def test_whatever_the_text_the_markup_holds(content, attribute):
-    element = Tree(tag("p", content, class_=attribute)).open[0].one("p")
-    assert (element.text, element.attributes) == (content, {"class": attribute})
 
 
 @pytest.mark.parametrize("scheme", [0, 1])
@@ -433,48 +325,10 @@ def test_text_on_every_colour_can_be_read(name, scheme):
 
 # --- a browser --------------------------------------------------------------------------------------------------------
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr"),
-    "--host-resolver-rules=MAP * ~NOTFOUND",  # no network
-)
-# Reports what was laid out. Only the copy of the page that is tested has it.
-PROBE = """<script>
-const box = element => { const r = element.getBoundingClientRect(); return [r.x, r.y, r.width, r.height] };
-document.body.dataset.probe = JSON.stringify({
-  plots: [...document.querySelectorAll("svg")].map(svg => ({
-    box: box(svg),
-    marks: [...svg.querySelectorAll("rect, circle, path, text")].map(box),
-    bars: [...svg.querySelectorAll("rect:has(title)")].map(bar => [getComputedStyle(bar).fill, ...box(bar)]),
-  })),
-  loaded: performance.getEntriesByType("resource").length,
-  width: document.documentElement.scrollWidth, height: document.documentElement.scrollHeight,
-  window: window.innerWidth, background: getComputedStyle(document.body).backgroundColor,
-})</script></body>"""
-
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    """Runs a browser without a window on a page, with more flags; gives what it printed and what it complained of."""
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
-
-    def run(page, *flags):
-        folder = tmp_path_factory.mktemp("browser")
-        (folder / "page.html").write_text(page, encoding="utf-8")
-        command = [path, *FLAGS, f"--user-data-dir={folder / 'profile'}", *flags, (folder / "page.html").as_uri()]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-    return run
-
-
-def probe(browser, page, *flags):
-    dom, complaints = browser(page.replace("</body>", PROBE), "--dump-dom", *flags)
-    assert complaints == []
-    return json.loads(unescape(re.search(r'data-probe="([^"]*)"', dom)[1]))
+    return Browser(tmp_path_factory.mktemp("browser"))
 
 
 def test_a_browser_lays_out_every_plot(browser, pages):

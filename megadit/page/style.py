@@ -1,28 +1,11 @@
-"""How a report looks: colours for a light and a dark page, and the style sheet made of them."""
+"""How a page looks, light and dark; those who draw add the colours of what they draw."""
 
 from __future__ import annotations
 
-# What is drawn -> its colour on a light page and on a dark one. Neighbours in a stack differ in lightness too, so that
-# they are told apart without seeing hue, and in print.
-COLOURS = {
-    "weights": ("#184f95", "#256abf"),
-    "masters": ("#256abf", "#5598e7"),
-    "moments": ("#6da7ec", "#86b6ef"),
-    "ema": ("#b7d3f6", "#cde2fb"),
-    "buffers": ("#898781", "#898781"),
-    "gradients": ("#eb6834", "#d95926"),
-    "activations": ("#1baf7a", "#199e70"),
-    "updating": ("#4a3aa7", "#9085e9"),
-    "F": ("#256abf", "#3987e5"),
-    "B": ("#eb6834", "#d95926"),
-    "I": ("#eda100", "#c98500"),
-    "W": ("#1baf7a", "#199e70"),
-    "update": ("#4a3aa7", "#9085e9"),
-    "term0": ("#256abf", "#3987e5"),
-    "term1": ("#1baf7a", "#199e70"),
-    "term2": ("#eda100", "#c98500"),
-    "term3": ("#4a3aa7", "#9085e9"),
-}
+from collections.abc import Mapping
+
+Colours = Mapping[str, tuple[str, str]]  # what is drawn -> its colour on a light page and on a dark one
+
 DARK_INK, LIGHT_INK = "#0b0b0b", "#ffffff"
 
 
@@ -48,22 +31,23 @@ def ink_on(colour: str) -> str:
     return max((DARK_INK, LIGHT_INK), key=lambda ink: contrast(ink, colour))
 
 
-def _variables(scheme: int) -> str:
-    """The colours of a scheme (0: light, 1: dark) as variables of CSS."""
-    return "".join(
-        f"--{name}:{colours[scheme]};--on-{name}:{ink_on(colours[scheme])};" for name, colours in COLOURS.items()
-    )
+def style_sheet(colours: Colours, rules: str = "") -> str:
+    """The whole style of a page. `colours` become classes fill-NAME and on-NAME (text on it) and variables --NAME.
 
-
-def style_sheet() -> str:
-    """The whole style of the page."""
+    `rules`: CSS of what only this kind of page has.
+    """
     marks = "".join(
         f".fill-{name}{{fill:var(--{name});background:var(--{name})}}.on-{name}{{fill:var(--on-{name})}}"
-        for name in COLOURS
+        for name in colours
     )
-    light = f":root{{color-scheme:light dark;{LIGHT}{_variables(0)}}}"
-    dark = f"@media (prefers-color-scheme:dark){{:root{{{DARK}{_variables(1)}}}}}"
-    return light + dark + marks + RULES
+    light = f":root{{color-scheme:light dark;{LIGHT}{_variables(colours, 0)}}}"
+    dark = f"@media (prefers-color-scheme:dark){{:root{{{DARK}{_variables(colours, 1)}}}}}"
+    return light + dark + marks + RULES + rules
+
+
+def _variables(colours: Colours, scheme: int) -> str:
+    """The colours of a scheme (0: light, 1: dark) as variables of CSS."""
+    return "".join(f"--{name}:{pair[scheme]};--on-{name}:{ink_on(pair[scheme])};" for name, pair in colours.items())
 
 
 LIGHT = (
@@ -102,19 +86,9 @@ svg .tick,svg .label{fill:var(--second)}
 svg .limit-label{font-weight:600}
 .grid{stroke:var(--grid);stroke-width:1}
 .limit{stroke:var(--ink);stroke-width:1.5;stroke-dasharray:5 3}
-.idle{fill:var(--page)}
-.fits{fill:var(--accent);fill-opacity:.75;stroke:var(--surface);stroke-width:.75}
-.refused{fill:var(--surface);stroke:var(--second);stroke-opacity:.55;stroke-width:1}
-.front{fill:none;stroke:var(--gradients);stroke-width:1.75}
-.best{fill:none;stroke:var(--ink);stroke-width:1.75}
 svg .value{fill:var(--ink)}
 .legend{display:flex;flex-wrap:wrap;gap:3px 18px;font-size:13px;color:var(--second);margin:8px 0 0}
 .swatch{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:6px;vertical-align:-1px}
-.swatch.idle{background:var(--page);border:1px solid var(--line)}
-.swatch.fits{background:var(--accent);border-radius:50%}
-.swatch.refused{border:1px solid var(--second);border-radius:50%}
-.swatch.front{border:2px solid var(--gradients);border-radius:50%}
-.swatch.best{border:2px solid var(--ink);border-radius:50%}
 table{border-collapse:collapse;width:100%;font-size:13.5px;font-variant-numeric:tabular-nums;margin:8px 0 0}
 th,td{padding:5px 14px 5px 0;border-bottom:1px solid var(--grid);text-align:left;vertical-align:top}
 th{color:var(--second);font-weight:500;white-space:nowrap}
