@@ -184,6 +184,23 @@ class _Ranks:
             return False, value, f" ended:\n{self._stack_file(rank).read_text()}"
         return good, value, f" raised:\n{text}"
 
+    def wait_for(self, world_size: int, when: Callable[[], bool]) -> None:
+        """Return when `when()` is true; none of the ranks may end before."""
+        deadline = time.monotonic() + TIME_LIMIT
+        while not when():
+            assert time.monotonic() < deadline, "the moment did not come"
+            ended = multiprocessing.connection.wait(self.ends, timeout=0.001)
+            assert not ended, "a rank ended before the moment"
+
+    def ending(self, rank: int) -> tuple[int, str]:
+        """(exit status, stderr) of a rank that trains; of one that has ended its process, stderr is ""."""
+        assert self.ends[rank].poll(TIME_LIMIT), f"rank {rank} goes on"
+        good, value, text = self.receive(rank)
+        if good:
+            return value
+        assert isinstance(value, ChildProcessError), text
+        return self.processes[rank].exitcode, ""
+
     def _stack_file(self, rank: int) -> Path:
         return self.folder / f"stack_{rank}"
 
@@ -291,6 +308,24 @@ def train_on(world_size: int, *argv: str, environ: dict[str, str] | None = None)
         ranks.kill()
 
 
+def train_and_signal(
+    world_size: int, when: Callable[[], bool], number: int, *argv: str, victims: Sequence[int] | None = None
+) -> list[tuple[int, str]]:
+    """Start a training and send a signal to the `victims` (default: every rank) as soon as `when()` is true.
+
+    (exit status, stderr) of each rank; stderr is "" of one that has ended its process.
+    """
+    ranks = _Ranks()
+    try:
+        ranks.ask(world_size, _train, launcher_environ(world_size), argv)
+        ranks.wait_for(world_size, when)
+        for rank in range(world_size) if victims is None else victims:
+            os.kill(ranks.processes[rank].pid, number)
+        return [ranks.ending(rank) for rank in range(world_size)]
+    finally:
+        ranks.kill()
+
+
 def train_and_kill(world_size: int, when: Callable[[], bool], *argv: str, victims: Sequence[int] | None = None) -> None:
     """Start a training and SIGKILL the `victims` (default: every rank) as soon as `when()` is true.
 
@@ -300,11 +335,7 @@ def train_and_kill(world_size: int, when: Callable[[], bool], *argv: str, victim
     ranks = _Ranks()
     try:
         ranks.ask(world_size, _train, launcher_environ(world_size), argv)
-        deadline = time.monotonic() + TIME_LIMIT
-        while not when():
-            assert time.monotonic() < deadline, "the moment to kill did not come"
-            ended = multiprocessing.connection.wait(ranks.ends, timeout=0.001)
-            assert not ended, "a rank ended before the moment to kill"
+        ranks.wait_for(world_size, when)
         for rank in victims:
             ranks.processes[rank].kill()
         for rank in range(world_size):

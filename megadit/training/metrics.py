@@ -26,12 +26,9 @@ class Recorder:
 
     def __init__(self, directory: Path, start: int, steps: int, tensorboard: bool) -> None:
         """Goes on after step `start`: lines of later steps, which a killed run wrote, are dropped."""
+        self._folder = directory / "tensorboard"
         self._file = LineFile(directory / METRICS_FILE, keep=lambda line: line["step"] <= start)
-        self._board = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
-
-            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
+        self._board = open_board(self._folder, start + 1) if tensorboard else None
         # In a log file, a line every now and then instead of a bar that moves.
         pace = 0.1 if sys.stderr.isatty() else 10.0
         self._bar = tqdm(
@@ -45,7 +42,7 @@ class Recorder:
         try:
             self._draw(report, line)
         except OSError as error:
-            logger.error("TensorBoard's curves end here, at step %d: %s", report.step, error)
+            logger.error("%s: %s; TensorBoard's curves end here, at step %d", self._folder, error, report.step)
             self._board = None
         self._bar.set_postfix(loss=f"{report.loss:.4f}", grad=f"{report.grad_norm:.2f}", refresh=False)
         self._bar.update()
@@ -68,4 +65,18 @@ class Recorder:
         self._file.close()
         self._bar.close()
         if self._board is not None:
-            self._board.close()
+            try:
+                self._board.close()
+            except OSError as error:
+                logger.error("%s: %s; TensorBoard's curves end too early", self._folder, error)
+
+
+def open_board(folder: Path, first_step: int) -> Any:
+    """TensorBoard's writer for steps from `first_step` on; None, with an error in the log, where it cannot write."""
+    from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+
+    try:
+        return SummaryWriter(str(folder), purge_step=first_step)
+    except OSError as error:
+        logger.error("%s: %s; there are no curves for TensorBoard", folder, error)
+        return None
