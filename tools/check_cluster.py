@@ -39,7 +39,7 @@ import torch
 
 from megadit.preflight.checks import CHECKS
 from megadit.preflight.layouts import default_layouts, label, parse_layout
-from megadit.preflight.rollcall import Silence
+from megadit.preflight.rollcall import RollCall, Silence
 from megadit.preflight.runner import run_checks
 from megadit.preflight.station import Settings, Station
 from megadit.preflight.training import EXACT, configuration
@@ -62,9 +62,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", metavar="CHECK,...", help=f"these checks alone, of {', '.join(names)}")
     parser.add_argument("--limit", type=float, default=180.0, help="seconds for each check (default: %(default).0f)")
     parser.add_argument("--slow-factor", type=float, default=1.5,
-                        help="a rank is slow that takes so many times the ranks' median (default: %(default)s)")  # fmt: skip
+                        help="a slow rank takes so many times the ranks' median (default: %(default)s)")  # fmt: skip
     parser.add_argument("--group-factor", type=float, default=3.0,
-                        help="a group is slow that takes so many times its axis' median (default: %(default)s)")  # fmt: skip
+                        help="a slow group takes so many times its axis' median (default: %(default)s)")  # fmt: skip
     parser.add_argument("--memory-factor", type=float, default=0.8,
                         help="a rank must have so much of the median's free memory (default: %(default)s)")  # fmt: skip
     parser.add_argument("--max-skew", type=float, default=1.0,
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return BAD_INPUT
     try:
         # Our limits come first: torch's own would end the process before it could say who is missing.
-        with process_group(timeout=timedelta(seconds=settings.limit_s + 120)) as process:
+        with process_group(timedelta(seconds=settings.limit_s + 120), timedelta(seconds=settings.limit_s)) as process:
             setup_logging(process.rank)
             report = examine(process, settings, names, args.json)
             if report.hung:
@@ -164,13 +164,15 @@ def examine(process: Process, settings: Settings, names: Sequence[str], out: Pat
         shown = "; ".join(label(each, process.world_size) for each in settings.layouts)
         say(f"check_cluster: {process.world_size} ranks, {backend}, torch {torch.__version__}; layouts: {shown}")
     station = Station(process, settings)
-    report = run_checks(station, [each for each in CHECKS if each.name in names], say)
+    rollcall = RollCall(process.rank, process.world_size)
+    report = run_checks(station, [each for each in CHECKS if each.name in names], rollcall, say)
     if process.is_main:
         say(f"{report.conclusion()} ({time.monotonic() - begin:.0f} s)")
         if out is not None:
             members = [asdict(member) for member in station.members]
             everything = {"settings": asdict(settings), "members": members, **report.to_dict()}
             out.write_text(json.dumps(everything, indent=1) + "\n")
+    rollcall.dismiss(settings.limit_s)
     return report
 
 

@@ -15,14 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadit.parallel.grid import UNIONS, Group
+from megadit.parallel.grid import UNIONS, Group, Layout
 from megadit.preflight.station import GROUPS, Station
 from megadit.preflight.verdict import Verdict
 
 SHORT = 1024  # bytes
 KIB, MIB = 2**10, 2**20
 REPEATS = 5
-LEAST_EXCESS_S = 1e-3  # a group that is behind by less is not: short times are noise
+# A group that is behind by less is not: launching takes as long, or another process had the core.
+NOISE_S = {"cuda": 1e-4, "cpu": 2e-2}
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ COLLECTIVES: dict[str, Callable[[Group, Tensor], None]] = {
     "all-gather": all_gather,
     "reduce-scatter": reduce_scatter,
     "all-to-all": all_to_all,
+    "send": send,
 }
 
 
@@ -111,18 +113,25 @@ def seconds_of(station: Station, work: Callable[[], None], size: int) -> list[fl
     return rounds
 
 
+def spacing(layout: Layout, axis: str) -> tuple[int, ...]:
+    """The ranks of rank 0's group, which tell how the axis' others lie. Axes with equal ones have the same groups.
+
+    >>> spacing(Layout(pp=2, edp=1, ep=2, tp=1), "ep"), spacing(Layout(pp=1, edp=2, ep=1, tp=2), "tp")
+    ((0, 1), (0, 1))
+    """
+    return tuple(layout.members(UNIONS.get(axis, (axis,)), 0))
+
+
 def measure(station: Station) -> list[dict[str, Any]]:
-    rows, seen = [], set()
+    rows, measured = [], set()
     for name, layout, _ in station.layouts():
         for axis in GROUPS:
             group = station.grid(layout)[axis]
-            # The group of rank 0 tells how the others lie: those of one axis are evenly spaced.
-            which = tuple(layout.members(UNIONS.get(axis, (axis,)), 0))
-            if group.size == 1 or (axis, which) in seen:
+            if group.size == 1 or spacing(layout, axis) in measured:
                 continue
-            seen.add((axis, which))
+            measured.add(spacing(layout, axis))
             ranks = dist.get_process_group_ranks(group.handle)
-            for collective, call in (COLLECTIVES | ({"send": send} if axis == "pp" else {})).items():
+            for collective, call in COLLECTIVES.items():
                 for size in sizes(station):
                     station.mark(f"{collective} of {size} bytes of {axis} in {name}")
                     numbers = max(1, size // 4 // group.size) * group.size
@@ -140,22 +149,36 @@ def judge(station: Station, found: list[Any]) -> Verdict:
         alike.setdefault((row.layout, row.axis, row.collective, row.size), []).append(row)
     if not rows:
         return Verdict("one process: nothing to send", skipped=True)
+    least = NOISE_S[station.process.device.type]
     verdict = Verdict(f"{len(rows)} times, of {len({tuple(row.ranks) for row in rows})} groups")
     for peers in alike.values():
         usual = [median_low(times) for times in zip(*(row.seconds for row in peers), strict=True)]
         for row in peers:
             factor = min(mine / theirs for mine, theirs in zip(row.seconds, usual, strict=True))
-            if factor > station.settings.group_factor and median(row.seconds) - median(usual) > LEAST_EXCESS_S:
+            if factor > station.settings.group_factor and median(row.seconds) - median(usual) > least:
                 verdict.faults.append(
                     f"{row.collective} of {row.axis} in {row.layout}, {shown(row.size)}: the group of "
-                    f"{station.names(row.ranks)} took {median(row.seconds) * 1e3:.2f} ms, at least {factor:.1f} times the "
-                    f"median of the axis' {len(peers)} groups in each round"
+                    f"{station.names(row.ranks)} took {median(row.seconds) * 1e3:.2f} ms, at least {factor:.1f} times "
+                    f"the median of the axis' {len(peers)} groups in each round"
                 )
-    verdict.table = table(alike)
+    verdict.table = table(alike) + repeated(station)
     verdict.figures = [
-        asdict(row) | {"algorithm_bandwidth": row.algorithm_bandwidth, "bus_bandwidth": row.bus_bandwidth} for row in rows
+        asdict(row) | {kind: getattr(row, kind) for kind in ("algorithm_bandwidth", "bus_bandwidth")} for row in rows
     ]
     return verdict
+
+
+def repeated(station: Station) -> list[str]:
+    """Which axes have the groups of another one, and were not measured again."""
+    first: dict[tuple[int, ...], str] = {}
+    also: dict[str, list[str]] = {}
+    for name, layout, _ in station.layouts():
+        for axis in GROUPS:
+            which = spacing(layout, axis)
+            here = f"{axis} of {name}"
+            if len(which) > 1 and first.setdefault(which, here) != here:
+                also.setdefault(first[which], []).append(here)
+    return [f"the same groups as {where}: {'; '.join(others)}" for where, others in also.items()]
 
 
 def shown(size: int) -> str:
@@ -169,7 +192,8 @@ def shown(size: int) -> str:
 def table(alike: dict[tuple[str, str, str, int], list[Row]]) -> list[str]:
     """A line for each axis and collective; GB are 1e9 bytes, and each number is the median of the axis' groups."""
     lines, layout_before = [], None
-    head = f"{'groups':>6s} x {'ranks':<5s} {'collective':<15s} {'size':>8s} {'ms':>9s} {'alg GB/s':>9s} {'bus GB/s':>9s}"
+    titles = f"{'size':>8s} {'ms':>9s} {'alg GB/s':>9s} {'bus GB/s':>9s}"
+    head = f"{'groups':>6s} x {'ranks':<5s} {'collective':<15s} {titles}"
     for (layout, axis, collective, size), rows in alike.items():
         if layout != layout_before:
             lines += [layout, f"  {'axis':<6s} {head}"]

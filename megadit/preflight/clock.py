@@ -17,7 +17,7 @@ PINGS = 8
 def measure(station: Station) -> dict[str, float] | None:
     """This host's clock against rank 0's, on one rank of each host; None elsewhere.
 
-    The exchange with the shortest round trip counts (RFC 5905, section 10): the answer was written somewhere in between.
+    The exchange with the shortest round trip counts (RFC 5905, section 10): the answer was written within it.
     """
     speakers = [ranks[0] for ranks in station.hosts().values()]
     me = station.process.rank

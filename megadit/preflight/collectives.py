@@ -1,7 +1,7 @@
 """Every collective of every group brings each rank what it should, from whom it should.
 
 Each number says who wrote it, for whom, and at which place, so that a wrong one tells whose block it is in. A sum
-cannot tell that; so each rank adds its block in a row of its own, where the others add zeros, and all add to a last one.
+cannot tell that; so each rank adds its block in a row of its own, where the others add zeros, and all add to one more.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Wire:
         return torch.cat([own, own.sum(0, keepdim=True)])
 
 
-Found = tuple[str, list[int], Tensor, Tensor]  # collective, sender of each row, rows as they came, rows as they should be
+Found = tuple[str, list[int], Tensor, Tensor]  # collective, sender of each row, rows as they came, as they should be
 
 
 def sums(wire: Wire) -> Iterator[Found]:
@@ -196,9 +196,10 @@ def judge(station: Station, found: list[Any]) -> Verdict:
     for each in wrong[:20]:
         place = next(i for i, (a, b) in enumerate(zip(each.expected, each.found, strict=True)) if a != b)
         sender = "the sum of all blocks" if each.sender == EVERYONE else f"the block of {station.names([each.sender])}"
+        what = f"{each.found[place]:.0f} ({tell(each.found[place], len(found))}), not {each.expected[place]:.0f}"
         verdict.faults.append(
-            f"{each.collective} of {each.axis} in {each.layout}: {station.names([each.receiver])} has {sender} wrong: at "
-            f"place {place} {each.found[place]:.0f} ({tell(each.found[place], len(found))}), not {each.expected[place]:.0f}"
+            f"{each.collective} of {each.axis} in {each.layout}: {station.names([each.receiver])} has {sender} wrong: "
+            f"at place {place} {what}"
         )
     if count > 20:
         verdict.faults.append(f"and {count - 20} blocks more")

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megadit.checkpoint import Saver
-from megadit.parallel.grid import Layout
+from megadit.parallel.grid import ParallelConfig
 from megadit.preflight.station import Station
 from megadit.preflight.training import EXACT, OwnGrid, assembled, configuration
 from megadit.preflight.verdict import Verdict
@@ -43,7 +43,7 @@ def products(station: Station) -> Callable[[], None]:
 
 def step_alone(station: Station) -> Callable[[], None]:
     """Steps of a small model by this rank alone."""
-    config = configuration((), 1, None, EXACT, steps=1000)
+    config = configuration((ParallelConfig(),), 1, None, EXACT, steps=1000)
     grid = OwnGrid()
     saver = Saver(config.directory)
     run = assembled(config, grid, read_inputs(config), station.process, saver)
@@ -73,7 +73,6 @@ def timed(station: Station, work: Callable[[], None]) -> list[float]:
 
 
 def measure(station: Station) -> dict[str, list[float]]:
-    station.grid(Layout(1, station.process.world_size, 1, 1))
     found = {}
     for name, make in ((PRODUCTS, products), (STEP, step_alone)):
         station.mark(name)
@@ -99,8 +98,8 @@ def judge(station: Station, found: list[Any]) -> Verdict:
         factors = slowness(rounds_of)
         words.append(f"{name} {usual * 1000:.1f} ms (slowest {max(factors):.2f} x)")
         verdict.faults += [
-            f"{station.names([rank])} is slow: {name} took {median(rounds_of[rank]) * 1000:.1f} ms, at least {factor:.2f} "
-            f"times the median of all ranks in each of {len(rounds_of[rank])} rounds"
+            f"{station.names([rank])} is slow: {name} took {median(rounds_of[rank]) * 1000:.1f} ms, at least "
+            f"{factor:.2f} times the median of all ranks in each of {len(rounds_of[rank])} rounds"
             for rank, factor in enumerate(factors)
             if factor > station.settings.slow_factor
         ]

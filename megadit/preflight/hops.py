@@ -87,7 +87,8 @@ def measure(station: Station) -> dict[str, Any]:
                 for kind, start, group, ranks in starts
             ]
             for kind, exchange in reversed(exchanges):
-                wrong += [{"layout": name, "kind": kind, "round": turn + 1, "expected": value} for value in exchange.wrong()]
+                here = {"layout": name, "kind": kind, "round": turn + 1}
+                wrong += [here | {"expected": value} for value in exchange.wrong()]
             tried += 1
     return {"tried": tried, "wrong": wrong}
 

@@ -47,7 +47,8 @@ def differing(words: Tensor, first: int, flipped: bool) -> tuple[int, int]:
 
 def try_pattern(size: int, device: torch.device) -> dict[str, Any] | None:
     """Write so many bytes at once, read them, write their complements, read those. What was wrong, or None."""
-    blocks = [torch.empty(min(WORDS, size // 4 - i), dtype=torch.int32, device=device) for i in range(0, size // 4, WORDS)]
+    lengths = [min(WORDS, size // 4 - begin) for begin in range(0, size // 4, WORDS)]
+    blocks = [torch.empty(length, dtype=torch.int32, device=device) for length in lengths]
     for i, block in enumerate(blocks):
         fill(block, i * WORDS)
     for flipped in (False, True):
@@ -66,13 +67,11 @@ def measure(station: Station) -> dict[str, Any]:
     # On a CPU the ranks of a host write at the same time into the same memory.
     sharing = 1 if station.on_gpu else len(station.hosts()[station.members[station.process.rank].host])
     station.mark(f"writing {size / MIB:.0f} MiB")
-    if size > free / sharing * 0.9:
-        wrong = {"room": free}
-    else:
-        wrong = try_pattern(size, device) or {}
+    wrong = {"room": free / sharing} if size > 0.9 * free / sharing else try_pattern(size, device) or {}
     if station.on_gpu:
         torch.cuda.empty_cache()
-    return {"free": free / sharing, "total": total / sharing, "host_free": host_memory()[0], "wrong": wrong, "size": size}
+    share = {"free": free / sharing, "total": total / sharing, "host_free": host_memory()[0]}
+    return share | {"wrong": wrong, "size": size}
 
 
 def judge(station: Station, found: list[Any]) -> Verdict:
@@ -82,11 +81,12 @@ def judge(station: Station, found: list[Any]) -> Verdict:
     for rank, each in enumerate(found):
         who, wrong = station.names([rank]), each["wrong"]
         if "room" in wrong:
-            verdict.faults.append(f"{who} has {wrong['room'] / GIB:.2f} GiB, too little to write {size / GIB:.2f} GiB to")
+            room = f"{wrong['room'] / GIB:.2f} GiB"
+            verdict.faults.append(f"{who} has {room}, too little to write {size / GIB:.2f} GiB to; see --memory-test")
         elif wrong:
             verdict.faults.append(
-                f"{who} does not keep what is written: {wrong['count']} words differ, the first at byte {wrong['byte']} "
-                f"(in the {wrong['pass']})"
+                f"{who} does not keep what is written: {wrong['count']} words differ, the first at byte "
+                f"{wrong['byte']} (in the {wrong['pass']})"
             )
         if each["free"] < usual * station.settings.memory_factor:
             verdict.faults.append(
@@ -97,6 +97,7 @@ def judge(station: Station, found: list[Any]) -> Verdict:
     for host, ranks in station.hosts().items():
         free = found[ranks[0]]["host_free"]
         if free < usual_host * station.settings.memory_factor:
-            verdict.warnings.append(f"{host} has {free / GIB:.1f} GiB of host memory free, the median {usual_host / GIB:.1f}")
+            median = f"{usual_host / GIB:.1f} GiB"
+            verdict.warnings.append(f"{host} has {free / GIB:.1f} GiB of host memory free, the median is {median}")
     verdict.figures = {"free_bytes": [each["free"] for each in found], "tested_bytes": size}
     return verdict

@@ -28,7 +28,8 @@ def measure(station: Station) -> dict[str, Any]:
 
     inputs = read_inputs(config(None, EXACT))
     saver = Saver(config(None, EXACT).directory)  # a part of a run; nothing is saved
-    alone, layouts = {}, {}
+    alone: dict[str, list[float]] = {}
+    layouts: dict[str, dict[str, list[float]]] = {}
     grid = OwnGrid()
     for precision in REFERENCES.values():
         station.mark(f"the training alone in {precision}")
@@ -62,22 +63,24 @@ def judge(station: Station, found: list[Any]) -> Verdict:
             apart = deviation(each["alone"][precision], expected)
             if not apart <= TOLERANCES[EXACT]:
                 verdict.faults.append(
-                    f"{station.names([rank])} trains otherwise than the other ranks when each trains alone ({precision}): "
-                    f"by {apart:.1e}"
+                    f"{station.names([rank])} trains otherwise than the other ranks when each trains alone "
+                    f"({precision}): by {apart:.1e}"
                 )
-    rows, worst = {}, dict.fromkeys(TOLERANCES, 0.0)
+    rows: dict[str, dict[str, float]] = {}
+    worst = dict.fromkeys(TOLERANCES, 0.0)
     for name, _, _ in station.layouts():
         for precision, tolerance in TOLERANCES.items():
-            apart = [deviation(each["layouts"][name][precision], usual[REFERENCES[precision]]) for each in found]
-            rows.setdefault(name, {})[precision] = max(apart)
-            worst[precision] = max(worst[precision], *apart)
-            wrong = [rank for rank, each in enumerate(apart) if not each <= tolerance]
+            expected = usual[REFERENCES[precision]]
+            deviations = [deviation(each["layouts"][name][precision], expected) for each in found]
+            rows.setdefault(name, {})[precision] = max(deviations)
+            worst[precision] = max(worst[precision], *deviations)
+            wrong = [rank for rank, each in enumerate(deviations) if not each <= tolerance]
             if wrong:
                 verdict.faults.append(
-                    f"{name} in {precision} differs from one process by {max(apart):.1e}, more than {tolerance:.0e}, on "
-                    f"{station.names(wrong)}"
+                    f"{name} in {precision} differs from one process by {max(deviations):.1e}, more than "
+                    f"{tolerance:.0e}, on {station.names(wrong)}"
                 )
-    shown = ", ".join(f"{precision} {worst[precision]:.1e} (at most {TOLERANCES[precision]:.0e})" for precision in worst)
+    shown = ", ".join(f"{each} {worst[each]:.1e} (at most {TOLERANCES[each]:.0e})" for each in worst)
     verdict.summary = f"losses and norms of {station.settings.steps} steps; {shown}"
     width = max(map(len, rows))
     verdict.table = [

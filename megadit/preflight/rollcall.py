@@ -31,7 +31,7 @@ class RollCall:
         # A client of its own: one that a hanging check waits with would let nobody else in.
         world = dist.group.WORLD
         assert world is not None
-        self.store = dist.PrefixStore(prefix, world.get_group_store().clone())
+        self.store = dist.PrefixStore(prefix, world.get_group_store().clone())  # type: ignore[attr-defined]
 
     def bring(self, topic: str, value: Any, alarming: bool = False) -> None:
         """This rank's answer; an alarming one makes the others wait no longer than they must."""
@@ -50,6 +50,13 @@ class RollCall:
             time.sleep(POLL_S)
         come = [rank for rank in range(self.world_size) if self.store.check([f"{topic}/{rank}"])]
         return {rank: json.loads(self.store.get(f"{topic}/{rank}")) for rank in come}
+
+    def dismiss(self, seconds: float) -> None:
+        """Wait until rank 0 is done too: launchers end everyone when the first process exits. Raises Silence."""
+        if self.rank == 0:
+            self.tell("end", True)
+        else:
+            self.hear("end", seconds)
 
     def tell(self, topic: str, value: Any) -> None:
         """Rank 0's word to all."""

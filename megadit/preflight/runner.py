@@ -23,6 +23,8 @@ from megadit.preflight.verdict import Outcome, Report, Verdict
 
 GRACE_S = 5.0  # that ranks have to end too when one of them has raised, or to say that they hang
 
+WAITING = ("/torch/distributed/", "/torch/cuda/")  # files whose lines wait for other ranks, or for the device
+
 Say = Callable[[str], None]
 
 
@@ -59,10 +61,9 @@ class Attempt(threading.Thread):
         stack = traceback.extract_stack(sys._current_frames()[self.ident or 0])
         ours = next((frame for frame in reversed(stack) if "/megadit/" in frame.filename), stack[-1])
         last = stack[-1]
-        waits = "/torch/distributed/" in last.filename or "/torch/cuda/" in last.filename or "wait(" in (last.line or "")
-        line = f"{ours.filename.rpartition('/megadit/')[2]}:{ours.lineno}"
-        return {"doing": self._station.doing, "marks": self._station.marks, "waits": waits,
-                "line": f"{last.line} ({line})"}  # fmt: skip
+        line = f"{last.line} ({ours.filename.rpartition('/megadit/')[2]}:{ours.lineno})"
+        waits = any(part in last.filename for part in WAITING) or ".wait(" in (last.line or "")
+        return {"doing": self._station.doing, "marks": self._station.marks, "waits": waits, "line": line}
 
 
 def assemble(station: Station, rollcall: RollCall) -> Outcome:
@@ -86,11 +87,10 @@ def assemble(station: Station, rollcall: RollCall) -> Outcome:
     return Outcome("arrival", time.monotonic() - begin, verdict)
 
 
-def run_checks(station: Station, checks: Sequence[Check], say: Say, prefix: str = "preflight") -> Report:
+def run_checks(station: Station, checks: Sequence[Check], rollcall: RollCall, say: Say) -> Report:
     """Run all of them; `say` hears the report line by line, on rank 0. The report is whole on rank 0; the others learn
-    whether it passed. Collective. Raises Silence when rank 0 is lost.
+    which checks failed, and why. Collective. Raises Silence when rank 0 is lost.
     """
-    rollcall = RollCall(station.process.rank, station.process.world_size, prefix)
     report = Report([assemble(station, rollcall)])
     report.hung = not report.passed
     if station.process.is_main:
@@ -174,7 +174,7 @@ def explain(station: Station, come: Mapping[int, Mapping[str, Any]], seconds: fl
     if late:
         verdict.faults.append(f"{station.names(late)} {why} (after {seconds:.0f} s)")
     verdict.table += [
-        f"{station.names([rank])}: during {where['doing']}, {'waiting' if where['waits'] else 'busy'} at {where['line']}"
+        f"{station.names([rank])}: {'waiting' if where['waits'] else 'busy'} during {where['doing']}: {where['line']}"
         for rank, where in stuck.items()
     ]
     return verdict

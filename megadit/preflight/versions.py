@@ -18,8 +18,10 @@ import megadit
 from megadit.preflight.station import Station
 from megadit.preflight.verdict import Verdict
 
-# Variables that change what the libraries do. They may differ for a reason (a network interface's name), so they warn.
-VARIABLES = re.compile(r"(NCCL_|GLOO_|TORCH_NCCL_|PYTORCH_|CUBLAS_|OMP_NUM_THREADS$|DS_ACCELERATOR$|CUDA_LAUNCH_BLOCKING$)")
+# Variables that change what the libraries do. They may differ for a reason (a network interface's name): a warning.
+VARIABLES = re.compile(
+    r"NCCL_|GLOO_|TORCH_NCCL_|PYTORCH_|CUBLAS_|(OMP_NUM_THREADS|DS_ACCELERATOR|CUDA_LAUNCH_BLOCKING)$"
+)
 ABSENT = "not there"
 
 
