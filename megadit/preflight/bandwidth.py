@@ -21,7 +21,6 @@ from megadit.preflight.verdict import Verdict
 
 SHORT = 1024  # bytes
 KIB, MIB = 2**10, 2**20
-REPEATS = 5
 # A group that is behind by less is not: launching takes as long, or another process had the core.
 NOISE_S = {"cuda": 1e-4, "cpu": 2e-2}
 
@@ -102,7 +101,7 @@ def seconds_of(station: Station, work: Callable[[], None], size: int) -> list[fl
     rounds = []
     for _ in range(station.settings.rounds):
         seconds = []
-        for _ in range(REPEATS):
+        for _ in range(station.settings.repeats):
             station.synchronise()
             begin = time.perf_counter()
             for _ in range(calls):

@@ -22,7 +22,6 @@ from megadit.preflight.verdict import Verdict
 from megadit.training.build import read_inputs
 from megadit.training.step import train_step
 
-REPEATS = 5  # a round's time is the median of so many
 PRODUCTS = "matrix products"
 STEP = "a training step alone"
 
@@ -61,7 +60,7 @@ def timed(station: Station, work: Callable[[], None]) -> list[float]:
     rounds = []
     for _ in range(station.settings.rounds):
         seconds = []
-        for _ in range(REPEATS):
+        for _ in range(station.settings.repeats):
             station.synchronise()
             dist.barrier()
             begin = time.perf_counter()

@@ -100,7 +100,7 @@ def judge(station: Station, found: list[Any]) -> Verdict:
     for rank, one in enumerate(found):
         kinds = {(each["kind"], each["layout"]): each["round"] for each in reversed(one["wrong"])}
         verdict.faults += [
-            f"{station.names([rank])} received wrong numbers by a {kind} in {layout}, first in round {first}"
+            f"{station.names([rank])} received wrong numbers in the {kind}s of {layout}, first in round {first}"
             for (kind, layout), first in kinds.items()
         ]
     verdict.figures = found

@@ -47,6 +47,11 @@ class Settings:
         return 2 if self.quick else 3
 
     @property
+    def repeats(self) -> int:
+        """A round's time is the median of so many."""
+        return 3 if self.quick else 5
+
+    @property
     def steps(self) -> int:
         """Of a training."""
         return 2 if self.quick else 3
