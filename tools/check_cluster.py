@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stdout.flush()
                 os._exit(FAILED)  # a thread hangs in a collective, and would keep this process
             return PASSED if report.passed else FAILED
-    except Silence as error:
+    except (Silence, torch.distributed.DistNetworkError) as error:  # rank 0 is gone
         print(f"check_cluster: rank {rank}: {error}", file=sys.stderr, flush=True)
         os._exit(FAILED)
     except LaunchError as error:

@@ -45,8 +45,8 @@ def measure(station: Station) -> dict[str, Any]:
 def deviation(found: list[float], expected: list[float]) -> float:
     """The largest relative difference; infinite for what is no number.
 
-    >>> deviation([1.0, 2.0], [1.0, 2.5]), deviation([math.nan], [1.0])
-    (0.2, inf)
+    >>> deviation([1.0, 2.0], [1.0, 4.0]), deviation([math.nan], [1.0])
+    (0.5, inf)
     """
     differences = [abs(a / b - 1) if b else abs(a - b) for a, b in zip(found, expected, strict=True)]
     return max(each if math.isfinite(each) else math.inf for each in differences)

@@ -17,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 POLL_S = 0.02
+LEAVING_S = 2.0  # that rank 0 waits for the others at the end
 
 
 class Silence(RuntimeError):
@@ -52,11 +53,18 @@ class RollCall:
         return {rank: json.loads(self.store.get(f"{topic}/{rank}")) for rank in come}
 
     def dismiss(self, seconds: float) -> None:
-        """Wait until rank 0 is done too: launchers end everyone when the first process exits. Raises Silence."""
-        if self.rank == 0:
-            self.tell("end", True)
-        else:
+        """Leave together. Raises Silence.
+
+        Launchers end everyone when the first process exits, so the others wait for rank 0; and rank 0, which may serve
+        the store, for those that can still hear it.
+        """
+        if self.rank:
             self.hear("end", seconds)
+            self.bring("end", True)
+        else:
+            self.tell("end", True)
+            self.bring("end", True)
+            self.gather("end", time.monotonic() + LEAVING_S)
 
     def tell(self, topic: str, value: Any) -> None:
         """Rank 0's word to all."""
@@ -66,6 +74,6 @@ class RollCall:
         """Rank 0's word. Raises Silence when it does not come in so many seconds."""
         try:
             self.store.wait([f"{topic}/word"], timedelta(seconds=seconds))
-        except (dist.DistStoreError, RuntimeError) as error:
-            raise Silence(f"rank 0 said nothing about {topic} in {seconds:.0f} s") from error
-        return json.loads(self.store.get(f"{topic}/word"))
+            return json.loads(self.store.get(f"{topic}/word"))
+        except (dist.DistStoreError, dist.DistNetworkError) as error:
+            raise Silence(f"rank 0 said nothing about {topic} in {seconds:.0f} s, or is gone: {error}") from error

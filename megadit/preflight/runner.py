@@ -155,10 +155,13 @@ def explain(station: Station, come: Mapping[int, Mapping[str, Any]], seconds: fl
     for rank, answer in come.items():
         if "raised" in answer:
             said.setdefault(answer["raised"], []).append(rank)
-    verdict.faults += [f"{station.names(ranks)} raised {message}" for message, ranks in said.items()]
+    raised = [f"{station.names(ranks)} raised {message}" for message, ranks in said.items()]
     silent = [rank for rank in range(station.process.world_size) if rank not in come]
     if silent:
         verdict.faults.append(f"{station.names(silent)} said nothing in {seconds:.0f} s: ended, or frozen")
+        verdict.table += raised  # of connections that broke, most likely
+    else:
+        verdict.faults += raised
     stuck = {rank: answer["stuck"] for rank, answer in come.items() if "stuck" in answer}
     busy = [rank for rank, where in stuck.items() if not where["waits"]]
     fewest = min((where["marks"] for where in stuck.values()), default=0)

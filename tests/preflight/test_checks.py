@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from megadit.preflight.checks import CHECKS
 from tests.preflight import planted
 from tests.preflight.planted import by_name, examined, settings
 from tests.ranks import run_ranks
@@ -25,6 +26,22 @@ def ranks_in(message):
     return {int(rank) for rank in re.findall(r"rank (\d+) \(", message)}
 
 
+def test_healthy_ranks_pass_every_check():
+    # Other tests may keep this machine busy; what is slow is the next test's matter.
+    chosen = settings(
+        4,
+        "tensor=2,expert=2,sequence=true",
+        "pipeline=2,expert=2,schedule=zbv",
+        **{"slow_factor": 4.0, "group_factor": 20.0, "memory_test": 2**20, "largest_message": 2**18},
+    )
+    report, checks, text = examine(planted.nothing, [check.name for check in CHECKS], chosen)
+    assert report["passed"], text
+    assert {name: check["status"] for name, check in checks.items() if check["status"] != "PASS"} == {"clock": "SKIP"}
+    deviations = checks["parity"]["figures"]["deviations"]
+    assert list(deviations) == ["tensor 2 x expert 2, sequence", "pipeline 2 x expert 2, zbv"]
+    assert all(0 <= one["float64"] < 1e-12 and one["float32, ZeRO-1"] < 5e-6 for one in deviations.values())
+
+
 def test_slow_ranks_are_named():
     report, checks, text = examine(planted.slow_ranks, ["compute"], settings(4, EVERY_AXIS[0]))
     products, step = checks["compute"]["faults"]
@@ -35,7 +52,9 @@ def test_slow_ranks_are_named():
 
 
 def test_ranks_that_differ_in_version_memory_or_clock_are_named():
-    report, checks, _ = examine(planted.odd_hosts, ["versions", "clock", "memory"], settings(4, EVERY_AXIS[0], memory_test=2**20))
+    report, checks, _ = examine(
+        planted.odd_hosts, ["versions", "clock", "memory"], settings(4, EVERY_AXIS[0], memory_test=2**20)
+    )
     assert "4 ranks on 2 hosts" in checks["arrival"]["summary"]
     (fault,) = checks["versions"]["faults"]
     assert re.match(r"deepspeed is 0\.0\.1 on rank 1 \(host0, cpu\); [\d.]+ on 3 ranks$", fault)
@@ -54,7 +73,9 @@ def test_a_wrong_all_to_all_names_group_receiver_and_sender():
     assert {wrong["sender"] for wrong in figures} == {1}, "the block of the rank that sent it elsewhere"
     assert {wrong["collective"] for wrong in figures} == {"all-to-all", "all-to-all of a view"}
     assert {wrong["receiver"] for wrong in figures if wrong["axis"] == "ep"} == {0, 1, 3}, "of both layouts' ep groups"
-    fault = next(fault for fault in checks["collectives"]["faults"] if "all-to-all of ep in tensor 2 x expert 2" in fault)
+    fault = next(
+        fault for fault in checks["collectives"]["faults"] if "all-to-all of ep in tensor 2 x expert 2" in fault
+    )
     receiver = 1 if "rank 1 (" in fault.partition("has")[0] else 3
     other = {1: 3, 3: 1}[receiver]
     assert f"what rank 1 wrote for rank {other}" in fault and "has the block of rank 1" in fault
@@ -92,7 +113,7 @@ def test_a_rank_that_does_not_arrive_is_named_and_nothing_hangs():
 
 
 def test_a_rank_that_raises_is_named_and_the_checks_go_on():
-    report, checks, _ = examine(planted.raising_rank, ["memory", "groups"], settings(4, EVERY_AXIS[0]))
+    report, checks, _ = examine(planted.raising_rank, ["memory", "groups"], settings(4, EVERY_AXIS[0], memory_test=2**20))
     (fault,) = checks["memory"]["faults"]
     assert ranks_in(fault) == {2} and "OSError: no such device" in fault
     assert checks["groups"]["status"] == "PASS" and not report["hung"]
