@@ -1,6 +1,7 @@
 """How long each group's collectives take, for a short message and for long ones; and which group is behind its peers.
 
-All groups of an axis work at once, as they do in a training: they share links as they will then.
+All groups of an axis work at once, as they do in a training: they share links as they will then. The calls are
+megadit's own, with the copies that a gather or a scatter makes.
 """
 
 from __future__ import annotations

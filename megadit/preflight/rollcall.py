@@ -45,9 +45,14 @@ class RollCall:
         """Whether a rank brought something alarming."""
         return self.store.add(f"{topic}/alarms", 0) > 0
 
-    def gather(self, topic: str, deadline: float) -> dict[int, Any]:
-        """What each rank brought until all did, or until `deadline` on the monotonic clock. For rank 0."""
+    def gather(self, topic: str, deadline: float, alarmed_s: float | None = None) -> dict[int, Any]:
+        """What each rank brought until all did, or until `deadline` on the monotonic clock; for rank 0.
+
+        With `alarmed_s`, no longer than so many seconds after an alarm.
+        """
         while self.store.add(f"{topic}/count", 0) < self.world_size and time.monotonic() < deadline:
+            if alarmed_s is not None and self.is_alarmed(topic):
+                deadline, alarmed_s = min(deadline, time.monotonic() + alarmed_s), None
             time.sleep(POLL_S)
         come = [rank for rank in range(self.world_size) if self.store.check([f"{topic}/{rank}"])]
         return {rank: json.loads(self.store.get(f"{topic}/{rank}")) for rank in come}

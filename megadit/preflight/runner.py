@@ -63,6 +63,8 @@ class Attempt(threading.Thread):
         last = stack[-1]
         line = f"{last.line} ({ours.filename.rpartition('/megadit/')[2]}:{ours.lineno})"
         waits = any(part in last.filename for part in WAITING) or ".wait(" in (last.line or "")
+        if self._station.on_gpu:  # the host waits for the device wherever it reads a number, the device for others
+            waits = waits or not torch.cuda.default_stream(self._station.process.device).query()
         return {"doing": self._station.doing, "marks": self._station.marks, "waits": waits, "line": line}
 
 
@@ -130,13 +132,7 @@ def run_check(check: Check, station: Station, rollcall: RollCall) -> tuple[Outco
     if not station.process.is_main:
         word = rollcall.hear(check.name, limit + 3 * GRACE_S)
         return Outcome(check.name, time.monotonic() - begin, Verdict(faults=word["faults"])), word["hung"]
-    end = begin + limit
-    while True:  # an alarm may come while rank 0 waits
-        come = rollcall.gather(check.name, time.monotonic() + 0.5)
-        if len(come) == rollcall.world_size or time.monotonic() > end + GRACE_S:
-            break
-        if rollcall.is_alarmed(check.name):
-            end = min(end, time.monotonic() + GRACE_S)
+    come = rollcall.gather(check.name, begin + limit + GRACE_S, alarmed_s=GRACE_S)
     hung = any("found" not in answer and "raised" not in answer for answer in come.values())
     hung = hung or len(come) < rollcall.world_size
     seconds = time.monotonic() - begin
