@@ -6,6 +6,7 @@ cannot tell that; so each rank adds its block in a row of its own, where the oth
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from megadit.preflight.verdict import Verdict
 
 PLACES = 5  # numbers in a block
 MOST_FAULTS = 8  # that one rank reports
+MOST_SHOWN = 20
 MOST_SOURCES = 8  # that broadcast in turn
 EVERYONE = -1  # whose block: the row that all add to
 
@@ -193,7 +195,13 @@ def judge(station: Station, found: list[Any]) -> Verdict:
     wrong = [Wrong(**each) for one in found for each in one["wrong"]]
     count = sum(one["count"] for one in found)
     verdict = Verdict(f"{found[0]['tried']} on each rank", figures=[asdict(each) for each in wrong])
-    for each in wrong[:20]:
+    senders = Counter(each.sender for each in wrong if each.sender != EVERYONE)
+    if senders:
+        culprit, blocks = senders.most_common(1)[0]
+        verdict.faults.append(
+            f"{station.names([culprit])} wrote {blocks} of the {senders.total()} wrong blocks that are shown"
+        )
+    for each in wrong[:MOST_SHOWN]:
         place = next(i for i, (a, b) in enumerate(zip(each.expected, each.found, strict=True)) if a != b)
         sender = "the sum of all blocks" if each.sender == EVERYONE else f"the block of {station.names([each.sender])}"
         what = f"{each.found[place]:.0f} ({tell(each.found[place], len(found))}), not {each.expected[place]:.0f}"
@@ -201,6 +209,6 @@ def judge(station: Station, found: list[Any]) -> Verdict:
             f"{each.collective} of {each.axis} in {each.layout}: {station.names([each.receiver])} has {sender} wrong: "
             f"at place {place} {what}"
         )
-    if count > 20:
-        verdict.faults.append(f"and {count - 20} blocks more")
+    if count > MOST_SHOWN:
+        verdict.faults.append(f"and {count - MOST_SHOWN} blocks more")
     return verdict

@@ -77,7 +77,9 @@ def measure(station: Station) -> dict[str, Any]:
 def judge(station: Station, found: list[Any]) -> Verdict:
     usual = median_low(each["free"] for each in found)
     size = found[0]["size"]
-    verdict = Verdict(f"{usual / GIB:.1f} GiB free for each rank (median); {size / MIB:.0f} MiB kept two patterns")
+    verdict = Verdict(
+        f"{usual / GIB:.1f} GiB free for each rank (median); {size / MIB:.0f} MiB written, read, inverted, read"
+    )
     for rank, each in enumerate(found):
         who, wrong = station.names([rank]), each["wrong"]
         if "room" in wrong:

@@ -73,6 +73,7 @@ def test_a_wrong_all_to_all_names_group_receiver_and_sender():
     assert {wrong["sender"] for wrong in figures} == {1}, "the block of the rank that sent it elsewhere"
     assert {wrong["collective"] for wrong in figures} == {"all-to-all", "all-to-all of a view"}
     assert {wrong["receiver"] for wrong in figures if wrong["axis"] == "ep"} == {0, 1, 3}, "of both layouts' ep groups"
+    assert re.match(r"rank 1 \(\w+, cpu\) wrote (\d+) of the \1 wrong blocks", checks["collectives"]["faults"][0])
     fault = next(
         fault for fault in checks["collectives"]["faults"] if "all-to-all of ep in tensor 2 x expert 2" in fault
     )
@@ -113,7 +114,9 @@ def test_a_rank_that_does_not_arrive_is_named_and_nothing_hangs():
 
 
 def test_a_rank_that_raises_is_named_and_the_checks_go_on():
-    report, checks, _ = examine(planted.raising_rank, ["memory", "groups"], settings(4, EVERY_AXIS[0], memory_test=2**20))
+    report, checks, _ = examine(
+        planted.raising_rank, ["memory", "groups"], settings(4, EVERY_AXIS[0], memory_test=2**20)
+    )
     (fault,) = checks["memory"]["faults"]
     assert ranks_in(fault) == {2} and "OSError: no such device" in fault
     assert checks["groups"]["status"] == "PASS" and not report["hung"]
