@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,12 +137,37 @@ def gpu_of(local_rank: int, visible: int, environ: Mapping[str, str]) -> int:
     return local_rank
 
 
+def call_roll(store: dist.Store, rank: int, world_size: int, patience: timedelta) -> None:
+    """Return when every process has come. Raises LaunchError naming those that have not, on all that have.
+
+    torch's own rendezvous only counts, and gloo waits for its first neighbour that is missing, half an hour by default.
+    """
+    store.set(f"came/{rank}", "")
+    if rank == 0:
+        deadline, missing = time.monotonic() + patience.total_seconds(), list(range(world_size))
+        while missing and time.monotonic() < deadline:
+            missing = [each for each in missing if not store.check([f"came/{each}"])]
+            time.sleep(0.01 if missing else 0)
+        store.set("missing", ",".join(str(each) for each in missing))
+    try:
+        store.wait(["missing"], patience + timedelta(seconds=10))
+        missing_ranks = store.get("missing").decode()
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise LaunchError(f"process {rank} waited for process 0 in vain: {error}") from error
+    if missing_ranks:
+        seconds = patience.total_seconds()
+        raise LaunchError(f"of {world_size} processes these did not come in {seconds:.0f} s: {missing_ranks}")
+
+
 @contextmanager
-def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Process]:
+def process_group(
+    timeout: timedelta = timedelta(minutes=30), patience: timedelta = RENDEZVOUS_LIMIT
+) -> Iterator[Process]:
     """Join the others (NCCL where there is a CUDA device, else gloo), yield this `Process`, leave at the end.
 
+    `patience`: how long the others may take to start. `timeout`: of each collective.
     DeepSpeed picks its accelerator from DS_ACCELERATOR, so that is set here too, before anything imports it. Raises
-    LaunchError when the environment does not say who is who.
+    LaunchError when the environment does not say who is who, or when some did not come.
     """
     rank, world_size, local_rank = discover(os.environ)
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -163,12 +189,15 @@ def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Proces
         agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         serves = rank == 0 and not agent_serves
         try:
-            store = dist.TCPStore(address, port, world_size, is_master=serves, timeout=RENDEZVOUS_LIMIT)
+            store = dist.TCPStore(
+                address, port, world_size, is_master=serves, timeout=RENDEZVOUS_LIMIT, wait_for_workers=False
+            )
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             raise LaunchError(f"process {rank} did not meet process 0 at {address}:{port}: {error}") from error
         # A restarted group must not read the keys of the group before it.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"megadit/{attempt}", store)
+        call_roll(store, rank, world_size, patience)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
         yield Process(rank, world_size, local_rank, device)

@@ -20,7 +20,7 @@ from megadit.model.count import stage_costs
 from megadit.model.ecdit import ECDiT
 from megadit.model.weights import decays, init_of
 from megadit.parallel.grid import Grid, Layout
-from megadit.parallel.init import initialise
+from megadit.parallel.init import Init, initialise
 from megadit.parallel.pipeline.partition import partition, stage_indices
 from megadit.parallel.pipeline.schedule import LossFunction, Pipeline
 from megadit.parallel.tensor.mappings import CutTokens, Region, ReplicatedTokens
@@ -211,12 +211,32 @@ def build_pipeline(
 
 
 def build_run(config: RunConfig, layout: Layout, inputs: Inputs, process: Process) -> Run:
-    """Assemble a run. Collective over the world."""
+    """Assemble a run, its groups first. Collective over the world."""
     grid = Grid(layout, process.rank)
+    saver = checkpoint.Saver(
+        config.directory / "checkpoints",
+        config.checkpoint.keep,
+        config.checkpoint.keep_every,
+        config.checkpoint.async_,
+    )
+    return assemble_run(config, grid, inputs, process, saver, lambda name: init_of(name, config.model))
+
+
+def assemble_run(
+    config: RunConfig,
+    grid: Grid,
+    inputs: Inputs,
+    process: Process,
+    saver: checkpoint.Saver,
+    start_of: Callable[[str], Init],
+) -> Run:
+    """A run over groups that exist; `start_of` says how the parameter of a global name starts. Collective over the
+    grid.
+    """
     stages = build_stages(config, grid, process.device)
     named = named_parameters(stages)
     # Weights depend on run.seed and their names alone. The engine copies them, so they come first.
-    initialise(named, grid, config.run.seed, lambda name: init_of(name, config.model))
+    initialise(named, grid, config.run.seed, start_of)
     engine = create_engine(config.zero.stage, named, grid, config.optim, decays)
 
     def loader(dataset: Dataset) -> Loader:
@@ -237,12 +257,7 @@ def build_run(config: RunConfig, layout: Layout, inputs: Inputs, process: Proces
         pipeline=build_pipeline(config, stages, grid, process.device, engine.accumulate),
         engine=engine,
         ema=Ema(engine, config.ema),
-        saver=checkpoint.Saver(
-            config.directory / "checkpoints",
-            config.checkpoint.keep,
-            config.checkpoint.keep_every,
-            config.checkpoint.async_,
-        ),
+        saver=saver,
         inputs=inputs,
         loader=loader(inputs.train),
         heldout_loader=loader(inputs.heldout),

@@ -3,11 +3,20 @@
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
-from megadit.runtime.launch import LaunchError, discover, first_host, process_group, rendezvous, run_in_turns
+from megadit.runtime.launch import (
+    LaunchError,
+    call_roll,
+    discover,
+    first_host,
+    process_group,
+    rendezvous,
+    run_in_turns,
+)
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "2"}
@@ -124,3 +133,21 @@ def test_ranks_take_turns_in_the_threads_that_they_start_too():
 
     with ThreadPoolExecutor(1) as thread:  # policies are a thread's, and its children's: this one keeps its own
         assert thread.submit(policies).result() == (os.SCHED_BATCH, os.SCHED_BATCH)
+
+
+def roll(ranks, world_size, seconds):
+    """What becomes of each of these ranks when the roll is called: None, or the error."""
+    store = dist.HashStore()
+    with ThreadPoolExecutor(len(ranks)) as threads:
+        calls = [threads.submit(call_roll, store, rank, world_size, timedelta(seconds=seconds)) for rank in ranks]
+        return [call.exception() for call in calls]
+
+
+def test_the_roll_ends_when_all_have_come():
+    assert roll([2, 0, 1], 3, 60) == [None] * 3
+
+
+def test_processes_that_do_not_come_are_named_on_all_that_have():
+    for error in roll([0, 3], 5, 0.3):
+        assert isinstance(error, LaunchError)
+        assert str(error) == "of 5 processes these did not come in 0 s: 1,2,4"
