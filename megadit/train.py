@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -19,8 +20,10 @@ from megadit.runtime.launch import LaunchError, Process, discover, process_group
 from megadit.runtime.lock import hold
 from megadit.runtime.log import setup_logging
 from megadit.runtime.seed import use_deterministic_kernels
+from megadit.runtime.watchdog import Watchdog
 from megadit.training.build import Inputs, build_run, read_inputs
 from megadit.training.config import RunConfig, check, describe, load_config
+from megadit.training.events import append_event
 from megadit.training.initial import load_initial
 from megadit.training.loop import Diverged, Unsaved, prepare_directory, resume, train
 
@@ -66,9 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run:
         return play(args)
     try:
-        with process_group() as process:
+        with process_group() as process, Watchdog(process) as watchdog:
             setup_logging(process.rank)
-            return start(process, args.config, args.overrides)
+            return start(process, watchdog, args.config, args.overrides)
     except LaunchError as error:
         print(f"megadit: {error}", file=sys.stderr)  # noqa: T201
         return BAD_INPUT
@@ -89,7 +92,7 @@ def play(args: argparse.Namespace) -> int:
     return 0
 
 
-def start(process: Process, path: str, overrides: Sequence[str]) -> int:
+def start(process: Process, watchdog: Watchdog, path: str, overrides: Sequence[str]) -> int:
     """Read and check everything that is read, then go on from the newest checkpoint. Collective."""
     config: RunConfig | None = None
     inputs: Inputs | None = None
@@ -103,6 +106,7 @@ def start(process: Process, path: str, overrides: Sequence[str]) -> int:
     if not agree(process, fault):
         return BAD_INPUT
     assert config is not None and inputs is not None
+    watchdog.watch(config.watchdog, config.directory, partial(append_event, config.directory, "lost"))
     if config.run.deterministic:
         use_deterministic_kernels()
     step, run, lock = 0, None, None
@@ -131,7 +135,7 @@ def start(process: Process, path: str, overrides: Sequence[str]) -> int:
     logger.info("%s: %s, %s, %s, %d parameters on process 0", config.directory, layout, process.device.type,
                 config.run.dtype, parameters)  # fmt: skip
     try:
-        train(run, step)
+        train(run, step, watchdog.progress)
     except (Diverged, Unsaved) as error:
         if process.is_main:
             logger.error("%s", error)

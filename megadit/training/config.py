@@ -24,6 +24,7 @@ from megadit.diffusion.objective import ObjectiveConfig
 from megadit.model.config import PRESETS, ROUTING_PRESETS, ECDiTConfig
 from megadit.model.text import TextConfig
 from megadit.parallel.grid import Layout, ParallelConfig
+from megadit.runtime.watchdog import WatchdogConfig
 from megadit.sampling.generate import SampleConfig
 from megadit.training.ema import EmaConfig
 from megadit.zero import OptimConfig, ZeroConfig
@@ -85,6 +86,7 @@ class RunConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
     @property
     def directory(self) -> Path:
@@ -430,6 +432,7 @@ POSITIVE = {
     "sample": ("steps", "shift"),
     "checkpoint": ("every",),
     "log": ("samples", "every"),
+    "watchdog": ("startup", "silent"),
 }  # fmt: skip
 NOT_NEGATIVE = {
     "model": (
@@ -449,6 +452,7 @@ NOT_NEGATIVE = {
     "sample": ("guidance",),
     "checkpoint": ("keep", "keep_every"),
     "log": ("evaluate_every", "sample_every"),
+    "watchdog": ("hang",),
 }
 
 

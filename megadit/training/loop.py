@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,8 +126,8 @@ def write_whole(path: Path, content: bytes) -> None:
     os.replace(partial, path)
 
 
-def train(run: Run, start: int) -> None:
-    """Make the steps after `start`. Collective.
+def train(run: Run, start: int, progress: Callable[..., None] = lambda step, doing="": None) -> None:
+    """Make the steps after `start`. Collective. `progress(step, doing)` hears of each one, and of what comes between.
 
     Raises on all ranks, with no save running: Diverged when a loss or a gradient is not finite, the checkpoints are of
     earlier steps then; Unsaved when the last checkpoint could not be written.
@@ -140,6 +140,7 @@ def train(run: Run, start: int) -> None:
     unread: list[Unread] = []
     for step in range(start + 1, config.run.steps + 1):
         unread.append(train_step(run, step))
+        progress(step)
         last = step == config.run.steps
         evaluates = _due(step, config.log.evaluate_every, last)
         saves, draws = _due(step, config.checkpoint.every, last), _due(step, config.log.sample_every, last)
@@ -150,6 +151,7 @@ def train(run: Run, start: int) -> None:
         unread = []
         for report in reports:
             check_finite(run, report)
+            progress(step, "evaluating")
             extra = {"heldout_loss": heldout_loss(run)} if evaluates and report.step == step else {}
             if recorder is not None:
                 recorder.record(
@@ -161,14 +163,18 @@ def train(run: Run, start: int) -> None:
                     **extra,
                 )
         if saves:
+            progress(step, "saving")
             save(run, step)
         if draws:
+            progress(step, "drawing")
             pictures = sample_pictures(run)
             if run.process.is_main:
                 write_pictures(pictures, directory / "samples" / f"step_{step:08d}.png")
+        progress(step)
         clock.lap()  # evaluating, recording, saving and drawing are not part of the next step's time
     if recorder is not None:
         recorder.close()
+    progress(config.run.steps, "saving")
     run.saver.wait()
     if run.saver.failure is not None:
         raise Unsaved(
