@@ -1,5 +1,6 @@
 """Trainings in which a rank is lost: what the others do, how soon, and what they say."""
 
+import multiprocessing.connection
 import os
 import signal
 import time
@@ -76,7 +77,8 @@ def train_and_lose(
         deadline = time.monotonic() + limit
         while not ((folder.parent / "fault").exists() if plant else steps_of(folder) >= after):
             assert time.monotonic() < deadline, "the moment did not come"
-            time.sleep(0.02)
+            for end in multiprocessing.connection.wait(ranks.ends, timeout=0.02):
+                raise AssertionError(f"a rank ended before the fault: {ranks.receive(ranks.ends.index(end))[1:]}")
         began = time.monotonic()
         if send is not None:
             os.kill(ranks.processes[send[0]].pid, send[1])

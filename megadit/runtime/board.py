@@ -1,7 +1,7 @@
 """Where the ranks leave word for one another: heartbeats, a verdict, and what each was doing when it fell.
 
-It lies in the store that the processes met in, over a connection of its own. Every second a rank writes one key and asks
-for two; rank 0 alone reads everyone's heartbeat, in one call.
+It lies in the store that the processes met in, over a connection of its own. Every second a rank writes one key and
+asks for two; rank 0 alone reads everyone's heartbeat, in one call.
 """
 
 from __future__ import annotations
@@ -95,9 +95,12 @@ class Board:
         self._keys = [f"beat/{rank}" for rank in range(world_size)]
         self._complete = False  # everyone has left a first heartbeat
 
-    def agree_on(self, key: str, mine: str) -> str:
-        """The first rank's value, on all ranks."""
-        return self._store.compare_set(key, "", mine).decode()
+    def meet(self, token: str, beat: Beat) -> tuple[str, Beat]:
+        """(rank 0's `token`, its first heartbeat), on all ranks. Waits for rank 0."""
+        if self.rank == 0:
+            self._store.set("main", json.dumps([token, asdict(beat)]))
+        token, main = json.loads(self._store.get("main"))
+        return token, Beat(**main)
 
     def beat(self, beat: Beat) -> None:
         self._store.set(self._keys[self.rank], json.dumps(asdict(beat)))

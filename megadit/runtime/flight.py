@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Any
 
+import torch._C._distributed_c10d as _native
 import torch.distributed as dist
 
 RECORDS = 2000  # collectives that are remembered
@@ -70,11 +71,7 @@ def ranks_text(ranks: Sequence[int]) -> str:
 
 def _records() -> list[dict[str, Any]]:
     """The recorder's entries, the oldest first; none where this torch has no recorder."""
-    dump = getattr(dist.distributed_c10d._c10d, "_dump_fr_trace_json", None) if dist.is_available() else None
-    if dump is None:
-        import torch._C._distributed_c10d as native
-
-        dump = getattr(native, "_dump_fr_trace_json", None) or getattr(native, "_dump_nccl_trace_json", None)
+    dump = getattr(_native, "_dump_fr_trace_json", None) or getattr(_native, "_dump_nccl_trace_json", None)
     if dump is None:
         return []
     return sorted(json.loads(dump()).get("entries", []), key=lambda entry: int(entry["record_id"]))
@@ -169,7 +166,7 @@ def _place(frame: FrameType) -> str:
 
 
 def look(after: int = -1, frames: Sequence[FrameType] | None = None) -> Sight:
-    """What this process is doing now; `frames`: or was doing in these, the innermost first, when an exception left them.
+    """What this process is doing; `frames`: or was doing in these, the innermost first, when an exception left them.
 
     A collective that is pending while no thread waits for it (one that overlaps with work) counts on a GPU only, where
     the host runs ahead of it.

@@ -2,17 +2,17 @@
 
 Without it the others wait in a collective until its timeout, half an hour later, and then each blames another.
 
-Two threads of each process watch. One talks to the others over a `Board`: it may itself hang, since rank 0 may serve the
-store and be the one that stopped. The other never leaves the process, and has the last word: it ends the process when the
-first one is stuck. Both end it by os._exit, because the main thread may be inside a collective, in C++.
+Two threads of each process watch. One talks to the others over a `Board`: it may itself hang, since rank 0 may serve
+the store and be the one that stopped. The other never leaves the process, and has the last word: it ends the process
+when the first one is stuck. Both end it by os._exit, because the main thread may be inside a collective, in C++.
 
     a rank raises               it says so itself; the others hear of it within a second
     a collective lost its peer  that rank complains; who does not beat any more is the one that is gone
     a rank stops or vanishes    no heartbeat for `silent` seconds
     a rank hangs                it beats, but nobody made a step for `hang` seconds
 
-Then every rank writes its stacks and its last collectives to <run>/faults/<UTC time>/rank_<n>.txt, and says what it waits
-for; the rank that found the fault puts these together, prints one summary and tells the run's events.
+Then every rank writes its stacks and its last collectives to <run>/faults/<UTC time>/rank_<n>.txt, and says what it
+waits for; the rank that found the fault puts these together, prints one summary and tells the run's events.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 
 from megadit.runtime import flight
 from megadit.runtime.board import Beat, Board, Verdict, Watched, where
@@ -79,7 +79,7 @@ class AwakeClock:
 class Watchdog:
     """Watches between `watch` and the end of the `with` block; before that, and with hang=0, it is not there.
 
-    What escapes the block is a fault of this rank, which it and all others end by, with LOST. A world of one lets it pass.
+    An exception that leaves the block ends this rank and all others with LOST; a world of one lets it pass.
     """
 
     def __init__(self, process: Process) -> None:
@@ -122,7 +122,9 @@ class Watchdog:
         self._started = True
         self._progressed = self._clock.now()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if not self._watching:
             return
         if isinstance(error, Exception):
@@ -137,7 +139,7 @@ class Watchdog:
         """An exception left the block. Returns in a world of one only."""
         frames = [frame for frame, _ in traceback.walk_tb(trace)][::-1]
         message = " ".join(f"{type(error).__name__}: {error}".split())
-        self._sight = flight.look(self._first_record, frames)
+        self._sight = self._look(frames)
         if self._process.world_size == 1:
             self._voice(f"rank 0 raised {message}", [0], "raised", "")
             return
@@ -149,7 +151,7 @@ class Watchdog:
             self._raised = message
         self._wake.set()
         for thread in self._threads:  # they end the process
-            thread.join()
+            thread.join(BLAME_S + END_S)
         traceback.print_exception(error)
         os._exit(LOST)
 
@@ -186,7 +188,8 @@ class Watchdog:
     def _talk(self) -> None:
         try:
             board = Board(self._process.meeting.connect(), self._process.rank, self._process.world_size)
-            self._token = board.agree_on("token", self._token)
+            self._token, main = board.meet(self._token, self._own_beat())
+            self._others.update({0: main}, self._clock.now())
             while True:
                 self._exchange(board)
                 if self._stop.is_set():
@@ -256,7 +259,8 @@ class Watchdog:
         lasting = sorted(other for other, beat in complaints.items() if beat.complained > BLAME_S)
         if lasting:
             first = lasting[0]
-            return self._found("raised", [first], f"{where(first, beats.get(first))} raised {complaints[first].complaint}")
+            words = f"{where(first, complaints[first])} raised {complaints[first].complaint}"
+            return self._found("raised", [first], words)
         margin = 0.0 if observes else MARGIN_S
         late = [other for other, beat in beats.items() if beat.is_late] if observes else []
         if late or now - self._progressed > self._limit() + margin:
@@ -265,7 +269,8 @@ class Watchdog:
         return None
 
     def _found(self, kind: str, ranks: list[int], words: str) -> Verdict:
-        return Verdict(kind, tuple(ranks), self._process.rank, words, datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ"))
+        folder = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+        return Verdict(kind, tuple(ranks), self._process.rank, words, folder)
 
     def _leave(self, board: Board) -> None:
         """Say goodbye. The one that serves the store waits a little, so that the others can, too."""
@@ -281,7 +286,7 @@ class Watchdog:
         self._last_words = verdict
         self._end_by = time.monotonic() + END_S
         mine = self._process.rank == verdict.by
-        sight = self._sight or flight.look(self._first_record)
+        sight = self._sight or self._look()
         self._dump(self._folder / "faults" / verdict.folder, sight, verdict.words)
         board.report(sight.to_json())
         summary = None
@@ -296,6 +301,12 @@ class Watchdog:
         if self._process.is_main:
             time.sleep(2.5 * BEAT_S if verdict.kind != "gone" or mine else BEAT_S)  # the others may hear from its store
         os._exit(LOST)
+
+    def _look(self, frames: list[FrameType] | None = None) -> flight.Sight:
+        try:
+            return flight.look(self._first_record, frames)
+        except Exception as error:  # of a recorder that writes in another way: no reason to stay
+            return flight.Sight("", "", (), "", -1, {}, f"a place that cannot be told ({error!r})")
 
     def _own_wait(self, sight: flight.Sight) -> str:
         return f"; this rank was in {sight.waiting}" if sight.waiting else f"; this rank was at {sight.place}"
@@ -315,12 +326,12 @@ class Watchdog:
 
     def _end_alone(self, verdict: Verdict) -> None:
         """The end without a word from the others: the store is stuck or gone."""
-        sight = self._sight or flight.look(self._first_record)
+        sight = self._sight or self._look()
         name, first = claim(self._folder / "faults", self._token, verdict.folder or self._found("", [], "").folder)
         self._dump(self._folder / "faults" / name, sight, verdict.words)
-        waits = f"; the others wait for it in {sight.waiting}" if sight.waiting else ""
+        summary = verdict.words + (f"; the others wait in {sight.waiting}" if sight.waiting else "")
         if first:
-            self._voice(verdict.words + waits, list(verdict.ranks), verdict.kind, sight.waiting, folder=name, claimed=True)
+            self._voice(summary, list(verdict.ranks), verdict.kind, sight.waiting, folder=name, claimed=True)
         self._say(f"rank {self._process.rank} ends: {verdict.words}{self._own_wait(sight)}", first)
         os._exit(LOST)
 
