@@ -398,8 +398,8 @@ def summarise(
         unheard = [rank for rank in unheard if rank not in ranks]
     waiting = sorted(rank for rank, sight in sights.items() if sight.waiting == collective and rank not in ranks)
     if collective and waiting:
-        plural = "s" if len(waiting) > 1 else ""
-        text += f"; rank{plural} {flight.ranks_text(waiting)} wait{'' if plural else 's'} in {collective}"
+        who = f"rank {waiting[0]} waits" if len(waiting) == 1 else f"ranks {flight.ranks_text(waiting)} wait"
+        text += f"; {who} in {collective}"
     if unheard:
         text += f"; no word from {', '.join(where(rank, beats.get(rank)) for rank in unheard[:8])}"
     return text, ranks, collective
