@@ -15,13 +15,14 @@ from megadit.training.metrics import METRICS_FILE, read_metrics
 from tests.ranks import TIME_LIMIT, _Ranks, launcher_environ
 from tests.training.assembled import CONFIG
 
+Plant = Callable[[int, Path], None]
 STEPS = 100_000  # more than it comes to
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was left of a training: of each rank its exit status (None: it goes on) and stderr; the seconds since the fault
-    that the last one took to end; the run's folder.
+    """What was left of a training: of each rank its exit status (None: it goes on), stderr and process number; how many
+    seconds after the fault the last one ended; the run's folder.
     """
 
     statuses: list[int | None]
@@ -46,7 +47,7 @@ def steps_of(folder: Path) -> int:
     return len(read_metrics(path)) if path.exists() else 0
 
 
-def _train(rank: int, plant: Callable[[int, Path], None] | None, folder: Path, environ: dict[str, str], argv: Any) -> int:
+def _train(rank: int, plant: Plant | None, folder: Path, environ: dict[str, str], argv: Sequence[str]) -> int:
     from megadit.train import main
 
     os.environ.update({key: value.format(rank=rank) for key, value in environ.items()})
@@ -61,7 +62,7 @@ def train_and_lose(
     world_size: int,
     folder: Path,
     *argv: str,
-    plant: Callable[[int, Path], None] | None = None,
+    plant: Plant | None = None,
     send: tuple[int, signal.Signals] | None = None,
     after: int = 3,
     gone: Sequence[int] = (),

@@ -86,6 +86,7 @@ class Watchdog:
         self._process = process
         self._watching = False
         self._threads: list[threading.Thread] = []
+        self._last_words = Verdict("", (), process.rank, "", "")
         self._clock = AwakeClock()
         self._stop, self._wake = threading.Event(), threading.Event()
         self._ending = threading.Lock()  # held from the first thread's decision to end the process
@@ -117,7 +118,7 @@ class Watchdog:
             self._threads.append(thread)
 
     def progress(self, step: int, doing: str = "training") -> None:
-        """`step` is done, and now comes something else. Costs less than a microsecond."""
+        """`step` is done, and now comes `doing`: what is not "training" has the patience of the start. Costs nothing."""
         self._step, self._doing = step, doing
         self._started = True
         self._progressed = self._clock.now()
@@ -175,6 +176,7 @@ class Watchdog:
             self._end_alone(self._server_gone("does not answer"))
 
     def _server_gone(self, how: str) -> Verdict:
+        ranks: tuple[int, ...]
         if self._process.meeting.main_serves:
             ranks, words = (0,), f"{where(0, self._others.beats.get(0))} {how}, nor does the store that it serves"
         else:
@@ -423,4 +425,3 @@ def claim(folder: Path, token: str, name: str) -> tuple[str, bool]:
     except OSError:
         pass
     return name, True
-

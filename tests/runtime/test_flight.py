@@ -42,7 +42,8 @@ def late(rank, world_size):
 def test_a_rank_tells_which_collective_of_which_axis_it_waits_in():
     results = run_ranks(late, 4, limit=120)
     waiting, first, pending = results[0]
-    assert waiting["waiting"].startswith("all_gather") and waiting["waiting"].endswith("of 10 x float32 in group tp [0, 1]")
+    assert waiting["waiting"].startswith("all_gather")
+    assert waiting["waiting"].endswith("of 10 x float32 in group tp [0, 1]")
     assert "parallel/grid.py" in waiting["place"]
     assert waiting["joined"][waiting["group"]] == waiting["number"]
     assert "in group tp [0, 1]" in first and not pending
@@ -72,7 +73,12 @@ def test_a_message_that_the_recorder_does_not_know_is_named_by_the_call():
 
 
 def test_of_a_chain_of_waiting_ranks_the_one_that_waits_for_nobody_is_blamed():
-    sights = {0: waits("pp", [0, 2], 4), 1: waits("pp", [1, 3], 4), 2: waits("ep", [2, 3], 9), 3: busy(**{"ep[2, 3]": 8})}
+    sights = {
+        0: waits("pp", [0, 2], 4),
+        1: waits("pp", [1, 3], 4),
+        2: waits("ep", [2, 3], 9),
+        3: busy(**{"ep[2, 3]": 8}),
+    }
     sights[2].joined["pp[0, 2]"] = 3
     sights[3].joined["pp[1, 3]"] = 3
     ranks, collective = flight.blame(sights, [])

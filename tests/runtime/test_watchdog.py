@@ -1,7 +1,10 @@
 """A rank is lost: the others end soon, with one status, and name it and what they waited for."""
 
+import contextlib
 import gc
+import os
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -12,9 +15,13 @@ import torch.distributed as dist
 
 from megadit.runtime.board import Beat, Board, Verdict, Watched
 from megadit.runtime.launch import Meeting, Process
+from megadit.runtime.lines import read_lines
 from megadit.runtime.status import LOST
 from megadit.runtime.watchdog import AwakeClock, Watchdog, WatchdogConfig, claim
-from tests.lost_ranks import train_and_lose
+from megadit.training.events import EVENTS_FILE
+from tests.launch.test_launchers import environ
+from tests.lost_ranks import steps_of, train_and_lose
+from tests.ranks import free_port
 
 SOON = 10  # seconds, beyond the configured ones
 QUICK = ["watchdog.hang=4", "watchdog.silent=3"]
@@ -234,3 +241,38 @@ def test_the_first_verdict_counts():
     second.propose(Verdict("gone", (0,), 1, "words", "folder"))
     first.propose(Verdict("hung", (), 0, "others", "folder"))
     assert first.verdict() == second.verdict() == Verdict("gone", (0,), 1, "words", "folder")
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("victim", [0, 1])
+def test_torchrun_starts_again_and_finds_nothing_of_the_life_before(victim, tmp_path):
+    """The store is the agent's: it outlives the group whose rank was killed, with its heartbeats and its verdict."""
+    run = tmp_path / "run"
+    command = ["torchrun", "--nnodes=1", "--nproc-per-node=2", "--max-restarts=1", "--master-port", str(free_port())]
+    command += ["-m", "megadit.train", "--config", "tests/configs/tiny.yaml", f"run.dir={run}", "checkpoint.every=5"]
+    with (tmp_path / "errors").open("w") as errors:
+        process = subprocess.Popen([*command, "run.steps=60"], stderr=errors, stdout=errors, env=environ())
+        try:
+            while steps_of(run) < 12:
+                time.sleep(0.02)
+                assert process.poll() is None, (tmp_path / "errors").read_text()
+            os.kill(ranks_of(process.pid)[victim], signal.SIGKILL)
+            status = process.wait(200)
+        finally:
+            process.kill()
+    assert status == 0, (tmp_path / "errors").read_text()
+    assert steps_of(run) == 60
+    lost = [line for line in read_lines(run / EVENTS_FILE) if line["event"] == "lost"]
+    assert len(lost) <= 1, lost  # torchrun itself ends the other rank, perhaps before that one could say so
+
+
+def ranks_of(agent):
+    """The processes that a torchrun has started, by rank."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int((path / "stat").read_text().rpartition(")")[2].split()[1]) == agent:
+                variables = dict(line.partition("=")[::2] for line in (path / "environ").read_text().split("\0"))
+                if "RANK" in variables:
+                    found[int(variables["RANK"])] = int(path.name)
+    return found
