@@ -18,6 +18,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -30,9 +31,10 @@ from megadit.runtime.log import setup_logging
 from megadit.runtime.seed import use_deterministic_kernels
 from megadit.runtime.status import BAD_INPUT, FINISHED
 from megadit.runtime.stopping import StopRequests
+from megadit.runtime.watchdog import Watchdog
 from megadit.training.build import Inputs, Run, build_run, read_inputs
 from megadit.training.config import RunConfig, check, describe, fit, load_config
-from megadit.training.events import Events
+from megadit.training.events import Events, append_event
 from megadit.training.initial import load_initial
 from megadit.training.loop import Ending, Oversight, prepare_directory, resume, train
 from megadit.training.progress import Progress
@@ -87,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with process_group() as process:
             setup_logging(process.rank)
-            return start(process, args.config, args.overrides, stops)
+            return start(process, args.config, args.overrides, stops, watchdog)
     except LaunchError as error:
         print(f"megadit: {error}", file=sys.stderr)  # noqa: T201
         return BAD_INPUT
@@ -110,7 +112,7 @@ def play(args: argparse.Namespace) -> int:
     return 0
 
 
-def start(process: Process, path: str, overrides: Sequence[str], stops: StopRequests) -> int:
+def start(process: Process, path: str, overrides: Sequence[str], stops: StopRequests, watchdog: Watchdog) -> int:
     """Read and check everything that is read, then go on from the newest checkpoint. Collective."""
     asked: RunConfig | None = None
     config: RunConfig | None = None
@@ -126,6 +128,7 @@ def start(process: Process, path: str, overrides: Sequence[str], stops: StopRequ
     if not agree(process, fault):
         return BAD_INPUT
     assert asked is not None and config is not None and inputs is not None
+    watchdog.watch(config.watchdog, config.directory, partial(append_event, config.directory, "lost"))
     if config.run.deterministic:
         use_deterministic_kernels()
     progress, run, lock, events = Progress(), None, None, None
@@ -154,7 +157,7 @@ def start(process: Process, path: str, overrides: Sequence[str], stops: StopRequ
     introduce(run, asked, progress, events)
     stops.begin(60 * config.guard.time_limit)
     try:
-        train(run, progress, Oversight(events, stops))
+        train(run, progress, Oversight(events, stops, watchdog.progress))
     except Ending as error:
         if process.is_main:
             logger.error("%s", error)

@@ -329,8 +329,10 @@ def train_and_signal(
 def train_and_kill(world_size: int, when: Callable[[], bool], *argv: str, victims: Sequence[int] | None = None) -> None:
     """Start a training and SIGKILL the `victims` (default: every rank) as soon as `when()` is true.
 
-    The others must end by themselves, with an error.
+    The others must end by themselves, with an error or with the status of a loss.
     """
+    from megadit.runtime.status import LOST
+
     victims = range(world_size) if victims is None else victims
     ranks = _Ranks()
     try:
@@ -341,7 +343,7 @@ def train_and_kill(world_size: int, when: Callable[[], bool], *argv: str, victim
         for rank in range(world_size):
             assert ranks.ends[rank].poll(TIME_LIMIT), f"rank {rank} goes on without rank {victims[0]}"
             good, value, _ = ranks.receive(rank)
-            killed = isinstance(value, ChildProcessError)
+            killed = isinstance(value, ChildProcessError) and ranks.processes[rank].exitcode != LOST
             assert killed == (rank in victims) and not good, f"rank {rank} ended by itself: {value}"
     finally:
         ranks.kill()

@@ -182,13 +182,13 @@ class Grid:
         """Collective: every process creates its groups, each waiting only for the members of that group."""
         self.layout = layout
         self.rank = rank
-        self._groups = {axis: self._create((axis,)) for axis in AXES}
-        self._groups |= {name: self._create(axes) for name, axes in UNIONS.items()}
+        self._groups = {axis: self._create(axis, (axis,)) for axis in AXES}
+        self._groups |= {name: self._create(name, axes) for name, axes in UNIONS.items()}
 
-    def _create(self, axes: tuple[str, ...]) -> Group:
+    def _create(self, name: str, axes: tuple[str, ...]) -> Group:
         members = self.layout.members(axes, self.rank)
         # Local synchronisation: at 1,024 ranks nobody waits for groups that it is not in.
-        handle = dist.new_group(members, use_local_synchronization=True)
+        handle = dist.new_group(members, use_local_synchronization=True, group_desc=name)
         return Group(handle, len(members), members.index(self.rank))
 
     def __getitem__(self, name: str) -> Group:

@@ -11,13 +11,24 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from megadit.runtime.flight import remember_collectives
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the processes met, for whoever wants to leave word there."""
+
+    connect: Callable[[], dist.Store] = dist.HashStore  # a connection of one's own: a call may block the one it is on
+    main_serves: bool = True  # rank 0, and not the launcher's agent, serves it
+    address: str = "this process"
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,7 @@ class Process:
     world_size: int
     local_rank: int
     device: torch.device
+    meeting: Meeting = Meeting()
 
     @property
     def is_main(self) -> bool:
@@ -181,6 +193,8 @@ def process_group(
         if world_size > 1:
             run_in_turns()
     os.environ.setdefault("DS_ACCELERATOR", device.type)
+    remember_collectives()
+    meeting = Meeting()
     if world_size == 1:
         store: dist.Store = dist.HashStore()
     else:
@@ -196,10 +210,17 @@ def process_group(
             raise LaunchError(f"process {rank} did not meet process 0 at {address}:{port}: {error}") from error
         # A restarted group must not read the keys of the group before it.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"megadit/{attempt}", store)
+        prefix = f"megadit/{attempt}"
+        store = dist.PrefixStore(prefix, store)
+
+        def connect() -> dist.Store:
+            client = dist.TCPStore(address, port, is_master=False, timeout=RENDEZVOUS_LIMIT, wait_for_workers=False)
+            return dist.PrefixStore(prefix, client)
+
+        meeting = Meeting(connect, not agent_serves, f"{address}:{port}")
         call_roll(store, rank, world_size, patience)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
-        yield Process(rank, world_size, local_rank, device)
+        yield Process(rank, world_size, local_rank, device, meeting)
     finally:
         dist.destroy_process_group()

@@ -33,6 +33,15 @@ def _in_json(value: Any) -> Any:
     return [_in_json(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def append_line(path: Path, line: Mapping[str, Any]) -> None:
+    """One line at the end, in one write, whoever else has the file open. Raises OSError."""
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(handle, json.dumps(_in_json(line), allow_nan=False).encode() + b"\n")
+    finally:
+        os.close(handle)
+
+
 class LineFile:
     """Appends lines, each whole or not at all; what a full disk does not take waits for the next one."""
 

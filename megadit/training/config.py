@@ -24,6 +24,7 @@ from megadit.diffusion.objective import ObjectiveConfig
 from megadit.model.config import PRESETS, ROUTING_PRESETS, ECDiTConfig
 from megadit.model.text import TextConfig
 from megadit.parallel.grid import Fallback, Layout, ParallelConfig
+from megadit.runtime.watchdog import WatchdogConfig
 from megadit.sampling.generate import SampleConfig
 from megadit.training.ema import EmaConfig
 from megadit.training.guard import GuardConfig
@@ -88,6 +89,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
     @property
     def directory(self) -> Path:
@@ -442,6 +444,7 @@ POSITIVE = {
     "checkpoint": ("every",),
     "log": ("samples", "every"),
     "guard": ("window",),
+    "watchdog": ("startup", "silent"),
 }  # fmt: skip
 NOT_NEGATIVE = {
     "model": (
@@ -462,6 +465,7 @@ NOT_NEGATIVE = {
     "checkpoint": ("keep", "keep_every"),
     "log": ("evaluate_every", "sample_every"),
     "guard": ("max_skips", "spike", "max_rewinds", "checksum_every", "time_limit"),
+    "watchdog": ("hang",),
 }
 
 

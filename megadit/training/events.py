@@ -11,7 +11,7 @@ sentence), and what else there is to say. Events:
     flip            replicas of a parameter differ; `parameters`, `ranks`
     save            a checkpoint is complete, or failed: `saved`, `seconds`
     signal          somebody or the clock asked the run to stop
-    lost            a rank died, hung or raised; `ranks`, `collective`
+    lost            a rank died, hung or raised; `ranks`, `kind`, `collective` that the others waited for, `dumps`
     stop, finish    the run ends before its last step, or after it; `status`: the exit status
 """
 
@@ -21,7 +21,7 @@ import json
 import time
 from pathlib import Path
 
-from megadit.runtime.lines import LineFile
+from megadit.runtime.lines import LineFile, append_line
 
 EVENTS_FILE = "events.jsonl"
 
@@ -41,6 +41,11 @@ class Events:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def append_event(directory: Path, event: str, step: int, reason: str, **more: object) -> None:
+    """Write one line from whichever rank, also while the main process has the file open. Raises OSError."""
+    append_line(directory / EVENTS_FILE, line_of(event, step, reason, **more))
 
 
 def line_of(event: str, step: int, reason: str, **more: object) -> dict[str, object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -171,6 +171,7 @@ class Oversight(NamedTuple):
 
     events: Events
     stops: StopRequests
+    progress: Callable[..., None]  # `Watchdog.progress`
 
 
 def train(run: Run, start: Progress, oversight: Oversight) -> None:
@@ -193,7 +194,7 @@ class Course:
 
     def __init__(self, run: Run, start: Progress, oversight: Oversight) -> None:
         self.run, self.config, self.progress = run, run.config, start
-        self.events, self.stops = oversight
+        self.events, self.stops, self.tell_progress = oversight
         self.recorder = self._open_recorder()
         self.detector = self._prime_detector()
         self.clock = Clock()
@@ -227,6 +228,7 @@ class Course:
             outcome = train_step(self.run, self.progress, self.stops.reason is not None)
             self.progress = outcome.progress
             self.unread.append(outcome)
+            self.tell_progress(self.progress.step)
             if outcome.unread.skipped:
                 self.skipped(outcome)
             elif self.detector and (spike := self.detector.look(outcome.loss, outcome.grad_norm)) and self.back(spike):
@@ -234,11 +236,9 @@ class Course:
             asked = self.asked() if outcome.stops else None
             self.between(outcome)
             if asked and self.progress.step < self.config.run.steps:
-                self.run.saver.wait()
-                self._tell_saves()
+                self._settle()
                 raise Stopped(f"stopped after step {self.progress.step}: {asked}; start again to go on")
-        self.run.saver.wait()
-        self._tell_saves()
+        self._settle()
         if self.run.saver.failure is not None:
             raise Unsaved(
                 f"step {self.config.run.steps} is done, but its checkpoint was not saved; make room for it and start "
@@ -263,12 +263,15 @@ class Course:
         self.look(evaluates)
         if saves:
             self.owes_save = False
+            self.tell_progress(step, "saving")
             save(self.run, self.progress)
         self._tell_saves()
         if draws:
+            self.tell_progress(step, "drawing")
             pictures = sample_pictures(self.run)
             if self.run.process.is_main:
                 write_pictures(pictures, config.directory / "samples" / f"step_{step:08d}.png")
+        self.tell_progress(step)
         self.clock.lap()  # evaluating, recording, saving and drawing are not part of the next step's time
 
     def look(self, evaluates: bool) -> None:
@@ -278,8 +281,10 @@ class Course:
         sample_ids = self._sample_ids() if self.config.log.sample_ids else None
         self.unread = []
         for i, report in enumerate(reports):
-            evaluated = evaluates and report.step == self.progress.step
-            heldout = {"heldout_loss": heldout_loss(self.run)} if evaluated else {}
+            heldout = {}
+            if evaluates and report.step == self.progress.step:
+                self.tell_progress(report.step, "evaluating")
+                heldout["heldout_loss"] = heldout_loss(self.run)
             if self.recorder is not None:
                 self.recorder.record(
                     report,
@@ -310,7 +315,7 @@ class Course:
         logger.warning("step %d is left out: %s", step, reason)
         last = step == self.config.run.steps
         if last or len(self.progress.skipped) > guard.max_skips:
-            self.run.saver.wait()
+            self._settle()
             self.look(evaluates=False)
             why = "it is the last step" if last else f"guard.max_skips={guard.max_skips}"
             raise Diverged(
@@ -326,7 +331,7 @@ class Course:
         """
         folder, bad = self.config.directory / "checkpoints", self.progress
         self.events.tell("spike", bad.step, spike)
-        self.run.saver.wait()
+        self._settle()
         if bad.rewinds >= self.config.guard.max_rewinds:
             raise Diverged(
                 f"step {bad.step}: {spike}, after {bad.rewinds} returns to older checkpoints (guard.max_rewinds); "
@@ -336,6 +341,7 @@ class Course:
         if found is None:
             logger.warning("step %d: %s; there is no checkpoint before it to go back to", bad.step, spike)
             return False
+        self.tell_progress(bad.step, "going back")
         self.progress = load(self.run, found).gone_back(bad.batch)
         if self.run.process.is_main:
             checkpoint.go_back(folder, found.progress.step)
@@ -347,6 +353,7 @@ class Course:
         self.close()
         self.recorder, self.unread, self.owes_save = self._open_recorder(), [], False
         self.detector = self._prime_detector()
+        self.tell_progress(self.progress.step)
         self.clock.lap()
         return True
 
@@ -360,7 +367,7 @@ class Course:
             ranks = sorted({rank for difference in differences for rank in difference.ranks})
             reason = f"{first.name} and {len(differences) - 1} other parameters differ on ranks {ranks}"
             self.events.tell("flip", step, reason, ranks=ranks, parameters=[d.name for d in differences])
-            self.run.saver.wait()
+            self._settle()
             raise Flipped(
                 f"step {step}: {reason}: memory has changed by itself; look at these ranks' machines, and start again, "
                 f"from the newest checkpoint in {self.config.directory}"
@@ -372,6 +379,12 @@ class Course:
         reason = next(f"rank {rank}: {reason}" for rank, reason in reasons if reason is not None)
         self.events.tell("signal", self.progress.step, reason)
         return reason
+
+    def _settle(self) -> None:
+        """Wait for the save that is running, if one is."""
+        self.tell_progress(self.progress.step, "saving")
+        self.run.saver.wait()
+        self._tell_saves()
 
     def _tell_saves(self) -> None:
         for saved in self.run.saver.take_ended():

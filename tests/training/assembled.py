@@ -37,7 +37,7 @@ def train_alone(run: Run, start: Progress) -> None:
     """Make the steps after `start` as `megadit.train` does, but that nobody can ask the run to stop. Collective."""
     stops = StopRequests()
     try:
-        train(run, start, Oversight(prepare_directory(run), stops))
+        train(run, start, Oversight(prepare_directory(run), stops, lambda step, doing="": None))
     finally:
         stops.close()
 

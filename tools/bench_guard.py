@@ -1,0 +1,159 @@
+"""Measure what the guards of a training cost: the share of a step's time.
+
+    python tools/bench_guard.py                                             # tests/configs/tiny.yaml on 2 ranks
+    python tools/bench_guard.py --config examples/configs/digits.yaml --ranks 4 --rounds 40 --json guards.json
+
+Every guard takes turns with none of them, round after round, so that a machine that slows down slows both: a round is a
+few steps without and as many with it, and the guard's cost is the difference within a round.
+
+  step        seconds of a step without a guard: median over the rounds
+  cost        microseconds that a step is longer with it: median and quartiles over the rounds
+  share       cost over step, in percent
+
+To measure another guard, add it to GUARDS: a context manager that is entered on every rank for the steps of a round and
+gives what is called after each step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from megadit.runtime.launch import Process, process_group
+from megadit.runtime.watchdog import Watchdog, WatchdogConfig
+from megadit.training.build import build_run, read_inputs
+from megadit.training.config import check, load_config
+from megadit.training.step import read, train_step
+
+AfterStep = Callable[[int], None]
+
+
+@contextmanager
+def none(process: Process, number: int) -> Iterator[AfterStep]:
+    """No guard."""
+    yield lambda step: None
+
+
+@contextmanager
+def watchdog(process: Process, number: int) -> Iterator[AfterStep]:
+    """The watchdog over ranks; `number` keeps its keys apart from those of its other lives."""
+    connect = process.meeting.connect
+    meeting = replace(process.meeting, connect=lambda: dist.PrefixStore(f"bench/{number}", connect()))
+    with Watchdog(replace(process, meeting=meeting)) as dog:
+        dog.watch(WatchdogConfig(), Path(tempfile.gettempdir()), lambda *words, **more: None)
+        yield dog.progress
+
+
+GUARDS: dict[str, Callable[[Process, int], AbstractContextManager[AfterStep]]] = {"watchdog": watchdog}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A configuration, the number of processes, and how much is measured."""
+
+    config: str
+    ranks: int
+    rounds: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One guard: seconds of a step in each round, without and with it, on rank 0."""
+
+    name: str
+    without: list[float]
+    guarded: list[float]
+
+    def text(self) -> str:
+        costs = [after - before for before, after in zip(self.without, self.guarded, strict=True)]
+        low, middle, high = quantiles(costs, n=4)
+        step = median(self.without)
+        return (
+            f"{self.name:<12} {step * 1e3:9.2f} ms {middle * 1e6:8.0f} us [{low * 1e6:.0f}, {high * 1e6:.0f}]"
+            f" {100 * middle / step:7.2f} %"
+        )
+
+
+def contest(setting: Setting, process: Process) -> list[Row]:
+    """Every guard's row. Collective."""
+    config = load_config(setting.config, [f"run.dir={tempfile.gettempdir()}/bench_guard"])
+    run = build_run(config, check(config, process.world_size), read_inputs(config), process)
+    step = number = 0
+
+    def timed(guard: Callable[[Process, int], AbstractContextManager[AfterStep]]) -> float:
+        nonlocal step, number
+        number += 1
+        with guard(process, number) as after_step:
+            dist.barrier()
+            began = time.perf_counter()
+            for _ in range(setting.steps):
+                step += 1
+                read(run, [train_step(run, step)])
+                after_step(step)
+            dist.barrier()
+            return (time.perf_counter() - began) / setting.steps
+
+    rows = [Row(name, [], []) for name in GUARDS]
+    timed(none)  # caches, allocations
+    for turn in range(setting.rounds):
+        for row in rows:
+            ways = [(none, row.without), (GUARDS[row.name], row.guarded)]
+            for guard, seconds in ways if turn % 2 == 0 else reversed(ways):
+                seconds.append(timed(guard))
+    return rows
+
+
+def run_rank(rank: int, setting: Setting, port: int, out: str) -> None:
+    """One of the processes; the first one writes what was measured to `out`."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": setting.ranks, "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    with process_group() as process:
+        rows = contest(setting, process)
+        if rank == 0:
+            Path(out).write_text(json.dumps([asdict(row) for row in rows]))
+
+
+def measure(setting: Setting) -> list[Row]:
+    """`contest` on as many new processes as the setting says."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "measured.json"
+        multiprocessing.spawn(run_rank, (setting, port, str(out)), nprocs=setting.ranks)
+        return [Row(**row) for row in json.loads(out.read_text())]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="tests/configs/tiny.yaml")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=20, help="of one round, each way")
+    parser.add_argument("--json", help="write what was measured to this file")
+    args = parser.parse_args()
+    setting = Setting(args.config, args.ranks, args.rounds, args.steps)
+    rows = measure(setting)
+    print(f"{setting.ranks} ranks, {setting.rounds} rounds of {setting.steps} steps each way, {setting.config}")
+    print(f"{'guard':<12} {'step':>12} {'cost [quartiles]':>20} {'share':>10}")
+    for row in rows:
+        print(row.text())
+    if args.json:
+        Path(args.json).write_text(json.dumps({"setting": asdict(setting), "rows": [asdict(row) for row in rows]}))
+
+
+if __name__ == "__main__":
+    main()
