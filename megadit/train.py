@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return play(args)
     stops = StopRequests()
     try:
-        with process_group() as process:
+        with process_group() as process, Watchdog(process) as watchdog:
             setup_logging(process.rank)
             return start(process, args.config, args.overrides, stops, watchdog)
     except LaunchError as error:

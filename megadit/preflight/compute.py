@@ -20,6 +20,7 @@ from megadit.preflight.station import Station
 from megadit.preflight.training import EXACT, OwnGrid, assembled, configuration
 from megadit.preflight.verdict import Verdict
 from megadit.training.build import read_inputs
+from megadit.training.progress import Progress
 from megadit.training.step import train_step
 
 PRODUCTS = "matrix products"
@@ -46,8 +47,8 @@ def step_alone(station: Station) -> Callable[[], None]:
     grid = OwnGrid()
     saver = Saver(config.directory)
     run = assembled(config, grid, read_inputs(config), station.process, saver)
-    steps = iter(range(1, config.run.steps))
-    return lambda: void(train_step(run, next(steps)))
+    steps = iter(range(config.run.steps))
+    return lambda: void(train_step(run, Progress(step=next(steps))))
 
 
 def void(_: object) -> None:

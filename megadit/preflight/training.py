@@ -13,6 +13,7 @@ from megadit.parallel.init import Constant, Init, Normal
 from megadit.runtime.launch import Process
 from megadit.training.build import Inputs, Run, assemble_run
 from megadit.training.config import RunConfig, parse
+from megadit.training.progress import Progress
 from megadit.training.step import read, train_step
 
 # EXACT: plain AdamW, as exact as float64 is. SHARDED: float32 under ZeRO-1, where every expert takes every token, for
@@ -73,7 +74,12 @@ def start_of(name: str) -> Init:
 def train(config: RunConfig, grid: Grid, inputs: Inputs, process: Process, saver: Saver) -> list[float]:
     """Every step's loss, then every step's gradient norm. Collective over the grid."""
     run = assembled(config, grid, inputs, process, saver)
-    reports = read(run, [train_step(run, step) for step in range(1, config.run.steps + 1)])
+    unread, progress = [], Progress()
+    while progress.step < config.run.steps:
+        outcome = train_step(run, progress)
+        unread.append(outcome.unread)
+        progress = outcome.progress
+    reports = read(run, unread)
     return [report.loss for report in reports] + [report.grad_norm for report in reports]
 
 

@@ -28,10 +28,10 @@ def of_main(find: Callable[[], Found]) -> Found:
     return found[0]
 
 
-def gathered(own: Found) -> list[Found]:
-    """What every rank brings, by rank. Collective; for small things that are rare."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
+def gathered(own: Found, group: dist.ProcessGroup | None = None) -> list[Found]:
+    """What every rank of a group (default: all) brings, by rank. Collective; for small things that are rare."""
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, own, group=group)
     return found
 
 

@@ -136,7 +136,7 @@ def train_step(run: Run, progress: Progress, stop: bool = False) -> Outcome:
 def spoilers(run: Run, loss: Tensor, sample_ids: list[int]) -> list[Spoiler]:
     """The ranks that brought numbers that are not finite. Collective."""
     is_sound = run.engine.is_sound and math.isfinite(float(loss))
-    found = gathered(None if is_sound else Spoiler(run.process.rank, sample_ids))
+    found = gathered(None if is_sound else Spoiler(run.process.rank, sample_ids), run.grid["world"].handle)
     return [spoiler for spoiler in found if spoiler is not None]
 
 

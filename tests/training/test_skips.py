@@ -131,11 +131,8 @@ def test_a_run_with_a_spoilt_step_goes_on_bit_for_bit(engine, tmp_path):
 def test_too_many_spoilt_steps_stop_a_run_which_keeps_its_checkpoints(tmp_path):
     endings = run_ranks(spoilt_run, 2, tmp_path, [20], range(5, 21), ["guard.max_skips=3", *ENGINES["oracle"]])
     (ending,) = set(endings)
-    assert (
-        ending.startswith("step 8: ")
-        and "4 of the last 100 steps are left out (guard.max_skips=3)" in ending
-        and "rank 1" in ending
-    )
+    assert ending.startswith("step 8: ") and "rank 1" in ending
+    assert "4 of the last 100 steps are left out (guard.max_skips=3)" in ending
     assert [line["step"] for line in told(tmp_path, "skip")] == [5, 6, 7, 8]
     assert told(tmp_path, "stop")[0]["status"] == 1
     kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
