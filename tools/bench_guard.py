@@ -3,15 +3,20 @@
     python tools/bench_guard.py                                             # tests/configs/tiny.yaml on 2 ranks
     python tools/bench_guard.py --config examples/configs/digits.yaml --ranks 4 --rounds 40 --json guards.json
 
-Every guard takes turns with none of them, round after round, so that a machine that slows down slows both: a round is a
+Every guard takes turns with its absence, round after round, so that a machine that slows down slows both: a round is a
 few steps without and as many with it, and the guard's cost is the difference within a round.
 
   step        seconds of a step without a guard: median over the rounds
   cost        microseconds that a step is longer with it: median and quartiles over the rounds
   share       cost over step, in percent
 
-To measure another guard, add it to GUARDS: a context manager that is entered on every rank for the steps of a round and
-gives what is called after each step.
+  watchdog    heartbeats, progress, the collectives' record
+  finite      a look at all gradients before they are summed, in every step
+  spikes      robust z-scores of loss and gradient norm, in every step
+  checksums   replicas of all parameters compared once in a round of steps
+
+To measure another guard, add it to GUARDS, with what it is compared with: context managers that are entered on every
+rank for the steps of a round and give what is called after each step.
 """
 
 from __future__ import annotations
@@ -28,35 +33,77 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
 
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from megadit.parallel.replicas import differing_replicas
 from megadit.runtime.launch import Process, process_group
 from megadit.runtime.watchdog import Watchdog, WatchdogConfig
-from megadit.training.build import build_run, read_inputs
+from megadit.training.build import Run, build_run, read_inputs
 from megadit.training.config import check, load_config
-from megadit.training.step import read, train_step
+from megadit.training.progress import Progress
+from megadit.training.spikes import SpikeDetector
+from megadit.training.step import Outcome, read, train_step
+from megadit.zero import engine, reference
 
-AfterStep = Callable[[int], None]
-
-
-@contextmanager
-def none(process: Process, number: int) -> Iterator[AfterStep]:
-    """No guard."""
-    yield lambda step: None
+AfterStep = Callable[[Outcome, int], object]  # the second: steps that are left in the round
+Guard = Callable[[Run, int], AbstractContextManager[AfterStep]]
 
 
 @contextmanager
-def watchdog(process: Process, number: int) -> Iterator[AfterStep]:
+def nothing(run: Run, number: int) -> Iterator[AfterStep]:
+    """What a step does by itself."""
+    yield lambda outcome, left: None
+
+
+@contextmanager
+def watchdog(run: Run, number: int) -> Iterator[AfterStep]:
     """The watchdog over ranks; `number` keeps its keys apart from those of its other lives."""
-    connect = process.meeting.connect
-    meeting = replace(process.meeting, connect=lambda: dist.PrefixStore(f"bench/{number}", connect()))
-    with Watchdog(replace(process, meeting=meeting)) as dog:
+    connect = run.process.meeting.connect
+    meeting = replace(run.process.meeting, connect=lambda: dist.PrefixStore(f"bench/{number}", connect()))
+    with Watchdog(replace(run.process, meeting=meeting)) as dog:
         dog.watch(WatchdogConfig(), Path(tempfile.gettempdir()), lambda *words, **more: None)
-        yield dog.progress
+        yield lambda outcome, left: dog.progress(outcome.progress.step)
 
 
-GUARDS: dict[str, Callable[[Process, int], AbstractContextManager[AfterStep]]] = {"watchdog": watchdog}
+@contextmanager
+def unlooked(run: Run, number: int) -> Iterator[AfterStep]:
+    """Nobody looks whether gradients are finite."""
+    looks = [module.all_finite for module in (reference, engine)]
+    reference.all_finite = engine.all_finite = lambda tensors, like: torch.ones_like(like, dtype=torch.bool)
+    try:
+        yield lambda outcome, left: None
+    finally:
+        reference.all_finite, engine.all_finite = looks
+
+
+@contextmanager
+def spikes(run: Run, number: int) -> Iterator[AfterStep]:
+    """A detector with a full window, as it is after the first steps of a training."""
+    detector = SpikeDetector(threshold=1e9, window=run.config.guard.window)
+    for i in range(run.config.guard.window):
+        detector.look(1 + i % 7, 1 + i % 5)
+    yield lambda outcome, left: detector.look(outcome.loss, outcome.grad_norm)
+
+
+@contextmanager
+def checksums(run: Run, number: int) -> Iterator[AfterStep]:
+    """Replicas compared after the last step of a round."""
+
+    def compare(outcome: Outcome, left: int) -> None:
+        if left == 0:
+            assert differing_replicas(run.named, run.grid) == []
+
+    yield compare
+
+
+GUARDS: dict[str, tuple[Guard, Guard]] = {  # without it, with it
+    "watchdog": (nothing, watchdog),
+    "finite": (unlooked, nothing),
+    "spikes": (nothing, spikes),
+    "checksums": (nothing, checksums),
+}
 
 
 @dataclass(frozen=True)
@@ -91,26 +138,27 @@ def contest(setting: Setting, process: Process) -> list[Row]:
     """Every guard's row. Collective."""
     config = load_config(setting.config, [f"run.dir={tempfile.gettempdir()}/bench_guard"])
     run = build_run(config, check(config, process.world_size), read_inputs(config), process)
-    step = number = 0
+    progress, number = Progress(), 0
 
-    def timed(guard: Callable[[Process, int], AbstractContextManager[AfterStep]]) -> float:
-        nonlocal step, number
+    def timed(guard: Guard) -> float:
+        nonlocal progress, number
         number += 1
-        with guard(process, number) as after_step:
+        with guard(run, number) as after_step:
             dist.barrier()
             began = time.perf_counter()
-            for _ in range(setting.steps):
-                step += 1
-                read(run, [train_step(run, step)])
-                after_step(step)
+            for left in reversed(range(setting.steps)):
+                outcome = train_step(run, progress)
+                read(run, [outcome.unread])
+                progress = outcome.progress
+                after_step(outcome, left)
             dist.barrier()
             return (time.perf_counter() - began) / setting.steps
 
     rows = [Row(name, [], []) for name in GUARDS]
-    timed(none)  # caches, allocations
+    timed(nothing)  # caches, allocations
     for turn in range(setting.rounds):
         for row in rows:
-            ways = [(none, row.without), (GUARDS[row.name], row.guarded)]
+            ways = list(zip(GUARDS[row.name], (row.without, row.guarded), strict=True))
             for guard, seconds in ways if turn % 2 == 0 else reversed(ways):
                 seconds.append(timed(guard))
     return rows

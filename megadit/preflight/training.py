@@ -30,7 +30,7 @@ class OwnGrid(Grid):
         self._alone = Group(dist.new_group([dist.get_rank()], use_local_synchronization=True), 1, 0)
         super().__init__(Layout(1, 1, 1, 1), 0)
 
-    def _create(self, axes: tuple[str, ...]) -> Group:
+    def _create(self, name: str, axes: tuple[str, ...]) -> Group:
         return self._alone
 
 

@@ -73,11 +73,14 @@ class StopRequests:
             self._thread.join()
 
     def close(self) -> None:
-        """Give the signals back to whoever had them."""
+        """Give the signals back to whoever had them. Where that is `leave_early`, the process is about to end, and
+        its status is settled: they are ignored.
+        """
         self._begun = True
         self._end_thread()
         for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            own = {None: signal.SIG_DFL, leave_early: signal.SIG_IGN}
+            signal.signal(number, own.get(handler, handler))
         os.close(self._read)
         os.close(self._write)
 
@@ -89,7 +92,12 @@ def leave(reason: str) -> None:
     os._exit(STOPPED)
 
 
+def leave_early(number: int, frame: FrameType | None) -> None:
+    """The handler while modules are imported."""
+    leave(f"asked by {signal.Signals(number).name}")
+
+
 def leave_on_signals() -> None:
     """Heed the signals while modules are imported; `StopRequests` takes over."""
     for number in SIGNALS:
-        signal.signal(number, lambda number, frame: leave(f"asked by {signal.Signals(number).name}"))
+        signal.signal(number, leave_early)
