@@ -48,7 +48,7 @@ def training(tmp_path_factory):
     ])  # fmt: skip
     done = subprocess.run(
         ["bash", "examples/launch/torchrun_one_node.sh", *training.arguments, f"run.dir={folder}/run"],
-        env=environ(NPROC=4), capture_output=True, text=True, timeout=200,
+        env=environ(NPROC=4), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     training.expected = training.curve(folder / "run")

@@ -115,7 +115,7 @@ class Cluster:
         number = self.run("sbatch", "--parsable", f"--output={self.folder}/%j.out", *arguments, **variables).strip()
         return Job(self, number)
 
-    def wait_for_all(self, limit: float = 120) -> None:
+    def wait_for_all(self, limit: float = 300) -> None:
         """Until no job is left in the queue."""
         deadline = time.monotonic() + limit
         while jobs := self.run("squeue", "--noheader"):
@@ -162,7 +162,7 @@ class Job:
     def output(self) -> str:
         return "\n".join(path.read_text() for path in self.cluster.folder.glob(f"{self.number}*.out"))
 
-    def wait(self, limit: float = 120) -> str:
+    def wait(self, limit: float = 300) -> str:
         """The state that the job ends in."""
         deadline = time.monotonic() + limit
         while (state := self.field("JobState")) in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED"):

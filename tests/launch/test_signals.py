@@ -12,7 +12,7 @@ from megadit.training.events import EVENTS_FILE
 from tests.launch.environment import environ
 from tests.ranks import free_port
 
-LIMIT = 150  # seconds
+LIMIT = 300  # seconds
 
 
 @pytest.mark.drill
