@@ -79,8 +79,9 @@ class StopRequests:
         self._begun = True
         self._end_thread()
         for number, handler in self._before.items():
-            own = {None: signal.SIG_DFL, leave_early: signal.SIG_IGN}
-            signal.signal(number, own.get(handler, handler))
+            if handler is leave_early:
+                handler = signal.SIG_IGN
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         os.close(self._read)
         os.close(self._write)
 

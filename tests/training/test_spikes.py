@@ -77,6 +77,7 @@ def events(folder, kind):
     return [line for line in lines if line["event"] == kind]
 
 
+@pytest.mark.drill
 def test_a_planted_spike_is_left_and_the_run_ends_as_others_do(data, tmp_path):
     undisturbed = [trained(tmp_path / f"{seed}", data / "clean.npz", f"run.seed={seed}")[-1] for seed in range(5)]
     found = trained(tmp_path / "run", data / "spoilt.npz", *REWIND)
@@ -95,6 +96,7 @@ def test_a_planted_spike_is_left_and_the_run_ends_as_others_do(data, tmp_path):
     assert events(tmp_path / "spoilt", "spike") == []
 
 
+@pytest.mark.drill
 def test_going_back_is_repeated_by_a_run_that_is_restarted(data, tmp_path):
     """Killed or stopped at any step, before, between or after: losses and samples are those of one life."""
     path, short = data / "spoilt.npz", ["log.tensorboard=false"]
