@@ -20,11 +20,11 @@ class Passes(NamedTuple):
 
 # AdamW reads or writes 21 elements for each of its parameter's (decay 2, first moment 3, second 6, root 2, division 2,
 # eps 2, update 4), the norm 1, clipping 2; the average 3. Whether gradients are finite: 1.
-_WHOLE = Passes(kernels=14, elements=28)
+_WHOLE = Passes(kernels=13, elements=28)
 _WHOLE_FOREACH = Passes(kernels=4, elements=28)  # torch takes a group's tensors at once, but for norm and average
 _REDUCED = Passes(kernels=1, elements=9)  # flat copy, sum, quotient, copy back
 # ZeRO: what it does to all gradients, and to those in this rank's part, of which AdamW sees one flat tensor.
-_BUCKET = Passes(kernels=2, elements=9)  # and whether they are finite
+_BUCKET = Passes(kernels=2, elements=9)  # whether they are finite, too
 _OWNED = Passes(kernels=6, elements=37)
 _FLAT = 25  # kernels for each group of parameters: AdamW, overflow, clipping, gathering
 _ACCUMULATED = Passes(kernels=2, elements=4)  # a bfloat16 gradient is made float32, and added

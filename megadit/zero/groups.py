@@ -170,6 +170,8 @@ def global_norm(
 
 def read_update(norm: Tensor, sums: Tensor) -> Update:
     """What `global_norm` returned, on the host, which waits here for the backward pass: the step's one host sync."""
+    if sums.is_meta:  # a dry run: nothing is computed
+        return Update(norm, applied=True, grad_norm=0.0, loss=0.0, told=0.0)
     squares, loss, told = sums.tolist()  # host sync
     return Update(norm, math.isfinite(squares) and math.isfinite(loss), math.sqrt(squares), loss, told)
 
@@ -179,4 +181,4 @@ def all_finite(tensors: list[Tensor], like: Tensor) -> Tensor:
     if not tensors:
         return torch.ones((), dtype=torch.bool, device=like.device)
     # The largest magnitude of each; a sum of squares would overflow where no element does.
-    return torch.stack([norm.float() for norm in torch._foreach_norm(tensors, math.inf)]).isfinite().all()
+    return torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite().all()

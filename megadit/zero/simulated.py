@@ -22,6 +22,7 @@ from megadit.zero.groups import (
     OptimConfig,
     Update,
     global_norm,
+    read_update,
     sum_partial,
 )
 
@@ -195,26 +196,30 @@ class SimulatedZero:
         """True: nothing is computed."""
         return True
 
-    def step(self, lr: float, loss: Tensor, told: float = 0.0) -> Update:
+    def _look(self, loss: Tensor, told: float) -> Update:
         owned = []
         for parameter, gradient in self._partitioned_gradients():
             placement = placement_of(parameter)
             if placement.is_owner(self.grid, sharded=placement.data_axes):
                 owned.append(gradient)
         like = self.master_parts[0]
-        norm, _ = global_norm(owned, self.grid, like, torch.ones((), dtype=torch.bool, device=like.device), loss, told)
+        is_sound = torch.ones((), dtype=torch.bool, device=like.device)
+        return read_update(*global_norm(owned, self.grid, like, is_sound, loss, told))
+
+    def step(self, lr: float, loss: Tensor, told: float = 0.0) -> Update:
+        update = self._look(loss, told)
         groups = self.optimizer.param_groups
         for g, (master, flat, group) in enumerate(zip(self.master_parts, self.flats, self.state.groups, strict=True)):
             master.grad = self._parts.pop(g)
             if self.config.clip > 0:
-                master.grad.mul_(norm)
+                master.grad.mul_(update.norm)
             self.optimizer.param_groups = [groups[g]]
             self.optimizer.step()
             master.grad = None
             flat.narrow(0, group.rank * group.part, group.part).copy_(master)
         self.optimizer.param_groups = groups
         self._gather()
-        return Update(norm, applied=True, grad_norm=0.0, loss=0.0, told=0.0)
+        return update
 
     def _gather(self) -> None:
         """Every rank gets the parts of all."""

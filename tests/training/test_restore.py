@@ -14,7 +14,7 @@ from megadit.runtime.launch import Process
 from megadit.training.build import named_parameters
 from megadit.training.config import check, images_per_group, load_config
 from megadit.training.evaluate import sample_pictures
-from megadit.training.loop import save
+from megadit.training.loop import prepare_directory, save
 from megadit.training.progress import Progress
 from megadit.training.restore import as_drawn, open_sampler
 from megadit.training.state import logical_state
@@ -235,6 +235,7 @@ def test_pictures_drawn_one_by_one_are_those_drawn_together(trained):
 
 def save_twice(rank, world_size, folder):
     run = assembled(rank, world_size, f"run.dir={folder}")
+    prepare_directory(run).close()
     for step in (3, 11):
         save(run, after(step))
 

@@ -29,7 +29,8 @@ def storage_bytes(tensors):
 class Live(TorchDispatchMode):
     """Within the context: `most` bytes alive at once, of the tensors that it was told of and of all made; `calls`.
 
-    Scalars do not count, nor what lies in the memory of the tensors `apart`. joined: bytes that `torch.cat` has made.
+    Scalars do not count, nor what is made of scalars alone, such as a vector with a number for each parameter; nor what
+    lies in the memory of the tensors `apart`. joined: bytes that `torch.cat` has made.
     """
 
     def __init__(self, grid, apart):
@@ -37,6 +38,7 @@ class Live(TorchDispatchMode):
         self.axes = {grid[name].handle.group_name: name for name in (*AXES, *UNIONS)}
         self.apart = storages(apart)
         self.alive, self.most, self.calls, self.joined = {}, 0, [], 0
+        self.of_scalars = {}  # like `alive`
 
     def watch(self, tensors):
         made = {
@@ -66,9 +68,17 @@ class Live(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.cat.default:
             self.joined += out.nbytes
-        made = out if isinstance(out, (list, tuple)) else [out]
-        self.watch(tensor for tensor in made if isinstance(tensor, torch.Tensor) and tensor.dim())
+        made = [tensor for tensor in tree_leaves(out) if isinstance(tensor, torch.Tensor) and tensor.dim()]
+        given = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)]
+        if given and all(tensor.dim() == 0 or self.is_of_scalars(tensor) for tensor in given):
+            self.of_scalars |= {key: StorageWeakRef(storage) for key, storage in storages(made).items()}
+        else:
+            self.watch(made)
         return out
+
+    def is_of_scalars(self, tensor):
+        reference = self.of_scalars.get(tensor.untyped_storage()._cdata)
+        return reference is not None and not reference.expired()
 
     @staticmethod
     def communicate(func, args, kwargs):

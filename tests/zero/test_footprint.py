@@ -333,4 +333,4 @@ def test_state_of_97_billion_parameters_is_reckoned_in_closed_form():
     # When the first bucket is sent, its flat copy weighs as much as the gradients that are in it.
     assert footprint.reducing == 4 * numel + 4 * 2**27 + numel // 16
     assert [nbytes for *_, nbytes in state.at_the_end()] == [4 * 2**27] * 10
-    assert state.of_step() == [("world", "all-reduce", 4), ("dp", "all-gather", 2 * numel)]
+    assert state.of_step() == [("world", "all-reduce", 12), ("dp", "all-gather", 2 * numel)]
