@@ -9,6 +9,8 @@ few steps without and as many with it, and the guard's cost is the difference wi
   step        seconds of a step without a guard: median over the rounds
   cost        microseconds that a step is longer with it: median and quartiles over the rounds
   share       cost over step, in percent
+  busy        processor time that the guard's own threads take, in percent of one core: of a process that sleeps with it
+              for a few seconds; on a machine that others use, this tells more than the difference of two steps
 
   watchdog    heartbeats, progress, the collectives' record
   finite      a look at all gradients before they are summed, in every step
@@ -49,6 +51,7 @@ from megadit.zero import engine, reference
 
 AfterStep = Callable[[Outcome, int], object]  # the second: steps that are left in the round
 Guard = Callable[[Run, int], AbstractContextManager[AfterStep]]
+IDLE_S = 10.0  # asleep
 
 
 @contextmanager
@@ -118,11 +121,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Row:
-    """One guard: seconds of a step in each round, without and with it, on rank 0."""
+    """One guard, on rank 0: seconds of a step in each round, without and with it; its share of a core, asleep."""
 
     name: str
     without: list[float]
     guarded: list[float]
+    busy: float = 0.0
 
     def text(self) -> str:
         costs = [after - before for before, after in zip(self.without, self.guarded, strict=True)]
@@ -130,7 +134,7 @@ class Row:
         step = median(self.without)
         return (
             f"{self.name:<12} {step * 1e3:9.2f} ms {middle * 1e6:8.0f} us [{low * 1e6:.0f}, {high * 1e6:.0f}]"
-            f" {100 * middle / step:7.2f} %"
+            f" {100 * middle / step:7.2f} % {100 * self.busy:8.3f} %"
         )
 
 
@@ -161,7 +165,19 @@ def contest(setting: Setting, process: Process) -> list[Row]:
             ways = list(zip(GUARDS[row.name], (row.without, row.guarded), strict=True))
             for guard, seconds in ways if turn % 2 == 0 else reversed(ways):
                 seconds.append(timed(guard))
-    return rows
+    return [replace(row, busy=busy(GUARDS[row.name], run, -place)) for place, row in enumerate(rows, 1)]
+
+
+def busy(guards: tuple[Guard, Guard], run: Run, number: int) -> float:
+    """The processor time of a sleeping process, over the time, with the guard less without it."""
+    shares = []
+    for guard in guards:
+        with guard(run, number):
+            time.sleep(1.0)  # it starts
+            began, used = time.perf_counter(), time.process_time()
+            time.sleep(IDLE_S)
+            shares.append((time.process_time() - used) / (time.perf_counter() - began))
+    return shares[1] - shares[0]
 
 
 def run_rank(rank: int, setting: Setting, port: int, out: str) -> None:
@@ -196,7 +212,7 @@ def main() -> None:
     setting = Setting(args.config, args.ranks, args.rounds, args.steps)
     rows = measure(setting)
     print(f"{setting.ranks} ranks, {setting.rounds} rounds of {setting.steps} steps each way, {setting.config}")
-    print(f"{'guard':<12} {'step':>12} {'cost [quartiles]':>20} {'share':>10}")
+    print(f"{'guard':<12} {'step':>12} {'cost [quartiles]':>20} {'share':>10} {'busy':>9}")
     for row in rows:
         print(row.text())
     if args.json:

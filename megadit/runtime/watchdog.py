@@ -118,7 +118,7 @@ class Watchdog:
             self._threads.append(thread)
 
     def progress(self, step: int, doing: str = "training") -> None:
-        """`step` is done, and now comes `doing`: what is not "training" has the patience of the start."""
+        """`step` is done, and now comes `doing`: what is not "training" is waited for as the start is."""
         self._step, self._doing = step, doing
         self._started = True
         self._progressed = self._clock.now()
