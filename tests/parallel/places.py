@@ -9,7 +9,7 @@ from megadit.parallel.grid import Grid, Group, Layout
 class Place(Grid):
     """One rank's grid without process groups: ranks and sizes are right, a collective would fail."""
 
-    def _create(self, axes):
+    def _create(self, name, axes):
         members = self.layout.members(axes, self.rank)
         return Group(None, len(members), members.index(self.rank))
 
