@@ -51,7 +51,6 @@ from megadit.zero import engine, reference
 
 AfterStep = Callable[[Outcome, int], object]  # the second: steps that are left in the round
 Guard = Callable[[Run, int], AbstractContextManager[AfterStep]]
-IDLE_S = 10.0  # asleep
 
 
 @contextmanager
@@ -117,6 +116,7 @@ class Setting:
     ranks: int
     rounds: int
     steps: int
+    asleep: float  # seconds, for "busy"
 
 
 @dataclass(frozen=True)
@@ -165,17 +165,17 @@ def contest(setting: Setting, process: Process) -> list[Row]:
             ways = list(zip(GUARDS[row.name], (row.without, row.guarded), strict=True))
             for guard, seconds in ways if turn % 2 == 0 else reversed(ways):
                 seconds.append(timed(guard))
-    return [replace(row, busy=busy(GUARDS[row.name], run, -place)) for place, row in enumerate(rows, 1)]
+    return [replace(row, busy=busy(GUARDS[row.name], run, -place, setting.asleep)) for place, row in enumerate(rows, 1)]
 
 
-def busy(guards: tuple[Guard, Guard], run: Run, number: int) -> float:
+def busy(guards: tuple[Guard, Guard], run: Run, number: int, asleep: float) -> float:
     """The processor time of a sleeping process, over the time, with the guard less without it."""
     shares = []
     for guard in guards:
         with guard(run, number):
             time.sleep(1.0)  # it starts
             began, used = time.perf_counter(), time.process_time()
-            time.sleep(IDLE_S)
+            time.sleep(asleep)
             shares.append((time.process_time() - used) / (time.perf_counter() - began))
     return shares[1] - shares[0]
 
@@ -207,9 +207,10 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--steps", type=int, default=20, help="of one round, each way")
+    parser.add_argument("--asleep", type=float, default=10.0, help="seconds")
     parser.add_argument("--json", help="write what was measured to this file")
     args = parser.parse_args()
-    setting = Setting(args.config, args.ranks, args.rounds, args.steps)
+    setting = Setting(args.config, args.ranks, args.rounds, args.steps, args.asleep)
     rows = measure(setting)
     print(f"{setting.ranks} ranks, {setting.rounds} rounds of {setting.steps} steps each way, {setting.config}")
     print(f"{'guard':<12} {'step':>12} {'cost [quartiles]':>20} {'share':>10} {'busy':>9}")
