@@ -218,7 +218,7 @@ class Course:
         detector = SpikeDetector(guard.spike, guard.window)
         path = self.config.directory / METRICS_FILE
         for line in of_main(lambda: read_metrics(path)[-2 * guard.window :]):
-            if not line["skipped"]:
+            if not line.get("skipped"):  # an older version skipped none
                 detector.look(line["loss"], line["grad_norm"])
         return detector
 
@@ -337,12 +337,15 @@ class Course:
                 f"step {bad.step}: {spike}, after {bad.rewinds} returns to older checkpoints (guard.max_rewinds); "
                 f"lower optim.lr or optim.clip and start again, from the newest checkpoint in {self.config.directory}"
             )
-        found = of_main(lambda: find_resumable(checkpoint.newest_before(folder, bad.step)))
-        if found is None:
-            logger.warning("step %d: %s; there is no checkpoint before it to go back to", bad.step, spike)
-            return False
         self.tell_progress(bad.step, "going back")
-        self.progress = load(self.run, found).gone_back(bad.batch)
+        try:
+            found = of_main(lambda: find_resumable(checkpoint.newest_before(folder, bad.step)))
+            if found is None:
+                logger.warning("step %d: %s; there is no checkpoint before it to go back to", bad.step, spike)
+                return False
+            self.progress = load(self.run, found).gone_back(bad.batch)
+        except ValueError as error:
+            raise Diverged(f"step {bad.step}: {spike}, and there is no going back: {error}") from error
         if self.run.process.is_main:
             checkpoint.go_back(folder, found.progress.step)
         dist.barrier()  # nobody looks at the folder before it has changed
