@@ -208,9 +208,10 @@ def process_group(
             )
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             raise LaunchError(f"process {rank} did not meet process 0 at {address}:{port}: {error}") from error
-        # A restarted group must not read the keys of the group before it.
+        # A restarted group must not read the keys of the group before it. torchrun does not count as a restart that
+        # machines came or went, but then the world has another size.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        prefix = f"megadit/{attempt}"
+        prefix = f"megadit/{attempt}/{world_size}"
         store = dist.PrefixStore(prefix, store)
 
         def connect() -> dist.Store:
