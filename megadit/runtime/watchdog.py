@@ -144,7 +144,7 @@ class Watchdog:
         if self._process.world_size == 1:
             self._voice(f"rank 0 raised {message}", [0], "raised", "")
             return
-        if PEER_LOST.search(message):
+        if lost_a_peer(error):
             self._complained, self._complaint = self._clock.now(), message
         else:
             traceback.print_exception(error)
@@ -380,6 +380,22 @@ class Watchdog:
                 file.write("\nThe last collectives, the newest last:\n")
                 for each in flight.collectives(self._first_record)[-100:]:
                     file.write(f"  {'waits ' if each.pending else 'done  '} {each.number:6d} {each}\n")
+
+
+def lost_a_peer(error: BaseException | None) -> bool:
+    """Whether an exception, or one that it was raised from, is a collective's that lost its peer.
+
+    >>> try:
+    ...     raise ValueError("in stage 0") from RuntimeError("gloo/transport/tcp/pair.cc: Connection closed by peer")
+    ... except ValueError as error:
+    ...     lost_a_peer(error), lost_a_peer(ValueError("in stage 0"))
+    (True, False)
+    """
+    while error is not None:
+        if PEER_LOST.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def summarise(
