@@ -32,5 +32,5 @@ setup(
         **{extra: [pins[name]] for extra, name in OPTIONAL.items()},
         "test": [*pins.values(), *read_requirements("requirements-test.txt")],
     },
-    entry_points={"console_scripts": ["megadit-train = megadit.train:main"]},
+    entry_points={"console_scripts": ["megadit-train = megadit.train:command"]},
 )

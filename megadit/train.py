@@ -16,6 +16,7 @@ import logging
 import os
 import socket
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -25,11 +26,11 @@ from typing import IO
 import torch.distributed as dist
 
 from megadit.runtime.agreement import gathered
-from megadit.runtime.launch import LaunchError, Process, discover, process_group
+from megadit.runtime.launch import LaunchError, NotMet, Process, discover, process_group
 from megadit.runtime.lock import hold
 from megadit.runtime.log import setup_logging
 from megadit.runtime.seed import use_deterministic_kernels
-from megadit.runtime.status import BAD_INPUT, FINISHED
+from megadit.runtime.status import BAD_INPUT, FINISHED, LOST
 from megadit.runtime.stopping import StopRequests
 from megadit.runtime.watchdog import Watchdog
 from megadit.training.build import Inputs, Run, build_run, read_inputs
@@ -92,9 +93,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             return start(process, args.config, args.overrides, stops, watchdog)
     except LaunchError as error:
         print(f"megadit: {error}", file=sys.stderr)  # noqa: T201
-        return BAD_INPUT
+        return LOST if isinstance(error, NotMet) else BAD_INPUT
     finally:
         stops.close()
+
+
+def command() -> int:
+    """Train, as a program: what nobody foresaw ends with status LOST, so that a scheduler starts it again."""
+    try:
+        return main()
+    except Exception:
+        traceback.print_exc()
+        return LOST
 
 
 def play(args: argparse.Namespace) -> int:
@@ -198,4 +208,4 @@ def take(folder: Path) -> IO[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

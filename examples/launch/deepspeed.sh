@@ -39,7 +39,7 @@ stop() {
     if [[ -n $HOSTFILE ]]; then
         kill -TERM "$launcher"
     else
-        pkill -TERM -P "$launcher"
+        pkill -TERM -P "$launcher" || kill -TERM "$launcher"
     fi
 }
 trap stop TERM INT USR1

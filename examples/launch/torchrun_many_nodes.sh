@@ -29,6 +29,8 @@ fi
 if [[ -n $INTERFACE ]]; then
     export NCCL_SOCKET_IFNAME=$INTERFACE GLOO_SOCKET_IFNAME=$INTERFACE
 fi
+# A new store for each round of the rendezvous: in a shared one machines that came later would not meet the others.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun --nnodes "$NNODES" --nproc-per-node "$NPROC" \
     --rdzv-id "$RUN_ID" --rdzv-backend c10d --rdzv-endpoint "$HEAD_NODE:$PORT" --rdzv-conf "$RENDEZVOUS" \
     --max-restarts "$MAX_RESTARTS" --shutdown-timeout "$SHUTDOWN_S" \

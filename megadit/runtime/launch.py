@@ -54,6 +54,10 @@ class LaunchError(ValueError):
     """The launcher's environment variables contradict one another, or some are missing."""
 
 
+class NotMet(LaunchError):
+    """Other processes did not come in time; they may the next time."""
+
+
 def discover(environ: Mapping[str, str]) -> tuple[int, int, int]:
     """(rank, world_size, local_rank) from the launcher's environment variables.
 
@@ -150,7 +154,7 @@ def gpu_of(local_rank: int, visible: int, environ: Mapping[str, str]) -> int:
 
 
 def call_roll(store: dist.Store, rank: int, world_size: int, patience: timedelta) -> None:
-    """Return when every process has come. Raises LaunchError naming those that have not, on all that have.
+    """Return when every process has come. Raises NotMet naming those that have not, on all that have.
 
     torch's own rendezvous only counts, and gloo waits for its first neighbour that is missing, half an hour by default.
     """
@@ -165,10 +169,10 @@ def call_roll(store: dist.Store, rank: int, world_size: int, patience: timedelta
         store.wait(["missing"], patience + timedelta(seconds=10))
         missing_ranks = store.get("missing").decode()
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        raise LaunchError(f"process {rank} waited for process 0 in vain: {error}") from error
+        raise NotMet(f"process {rank} waited for process 0 in vain: {error}") from error
     if missing_ranks:
         seconds = patience.total_seconds()
-        raise LaunchError(f"of {world_size} processes these did not come in {seconds:.0f} s: {missing_ranks}")
+        raise NotMet(f"of {world_size} processes these did not come in {seconds:.0f} s: {missing_ranks}")
 
 
 @contextmanager
@@ -179,7 +183,7 @@ def process_group(
 
     `patience`: how long the others may take to start. `timeout`: of each collective.
     DeepSpeed picks its accelerator from DS_ACCELERATOR, so that is set here too, before anything imports it. Raises
-    LaunchError when the environment does not say who is who, or when some did not come.
+    LaunchError when the environment does not say who is who, NotMet when some did not come.
     """
     rank, world_size, local_rank = discover(os.environ)
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -207,10 +211,10 @@ def process_group(
                 address, port, world_size, is_master=serves, timeout=RENDEZVOUS_LIMIT, wait_for_workers=False
             )
         except (dist.DistNetworkError, dist.DistStoreError) as error:
-            raise LaunchError(f"process {rank} did not meet process 0 at {address}:{port}: {error}") from error
-        # A restarted group must not read the keys of the group before it. torchrun does not count as a restart that
-        # machines came or went, but then the world has another size.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            raise NotMet(f"process {rank} did not meet process 0 at {address}:{port}: {error}") from error
+        # A restarted group must not read the keys of the group before it, in an agent's store. Where process 0 serves,
+        # the store is new, and a machine that came later has another count.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if agent_serves else "0"
         prefix = f"megadit/{attempt}/{world_size}"
         store = dist.PrefixStore(prefix, store)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -14,13 +15,11 @@ logger = logging.getLogger("megadit")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file. A last line that a kill cut short is left out."""
+    """The lines of a file, but for those that are no JSON: a kill, or a power failure, cut them short."""
     lines = []
-    for line in path.read_text().splitlines():
-        try:
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
     return lines
 
 

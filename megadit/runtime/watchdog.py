@@ -128,7 +128,7 @@ class Watchdog:
     ) -> None:
         if not self._watching:
             return
-        if isinstance(error, Exception):
+        if error is not None and not isinstance(error, SystemExit):  # Ctrl-C, too
             self._fall(error, trace)
         self._stop.set()
         self._wake.set()
@@ -136,7 +136,7 @@ class Watchdog:
             thread.join(END_S)
         self._watching = False
 
-    def _fall(self, error: Exception, trace: TracebackType | None) -> None:
+    def _fall(self, error: BaseException, trace: TracebackType | None) -> None:
         """An exception left the block. Returns in a world of one only."""
         frames = [frame for frame, _ in traceback.walk_tb(trace)][::-1]
         message = " ".join(f"{type(error).__name__}: {error}".split())
@@ -276,6 +276,7 @@ class Watchdog:
 
     def _leave(self, board: Board) -> None:
         """Say goodbye. The one that serves the store waits a little, so that the others can, too."""
+        board.beat(self._own_beat())  # the last one may have been on its way when this rank left
         board.leave()
         deadline = time.monotonic() + END_S / 2
         while self._process.is_main and time.monotonic() < deadline and not board.all_left():

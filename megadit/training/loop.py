@@ -151,6 +151,8 @@ def prepare_directory(run: Run) -> Events:
             events = Events(directory)
     except OSError as error:
         fault = f"run.dir={directory} cannot be written: {error.strerror}"
+    except ValueError as error:  # nobody is to wait at the barrier in vain
+        fault = f"run.dir={directory}: {error}"
     dist.barrier()
     if fault is None and not (directory / CONFIG_FILE).exists():
         fault = f"run.dir={directory} on process {run.process.rank} is not what process 0 writes; it must be shared"
@@ -233,11 +235,13 @@ class Course:
                 self.skipped(outcome)
             elif self.detector and (spike := self.detector.look(outcome.loss, outcome.grad_norm)) and self.back(spike):
                 continue
-            asked = self.asked() if outcome.stops else None
-            self.between(outcome)
+            # After a step that was left out nothing can be saved: the next one hears of the wish again.
+            asked = self.asked() if outcome.stops and not outcome.unread.skipped else None
+            self.between(outcome, stops=asked is not None)
             if asked and self.progress.step < self.config.run.steps:
                 self._settle()
-                raise Stopped(f"stopped after step {self.progress.step}: {asked}; start again to go on")
+                unsaved = f" ({self.run.saver.failure})" if self.run.saver.failure else ""
+                raise Stopped(f"stopped after step {self.progress.step}{unsaved}: {asked}; start again to go on")
         self._settle()
         if self.run.saver.failure is not None:
             raise Unsaved(
@@ -247,18 +251,20 @@ class Course:
         self.events.tell("finish", self.progress.step, "the last step is done and saved", status=FINISHED)
         logger.info("finished: %s", self.config.directory)
 
-    def between(self, outcome: Outcome) -> None:
-        """What is due after a step: look at it, evaluate, compare replicas, save, draw."""
+    def between(self, outcome: Outcome, stops: bool) -> None:
+        """What is due after a step: look at it, evaluate, compare replicas, save, draw. When it `stops`, save alone."""
         config, log, step = self.config, self.config.log, self.progress.step
         last = step == config.run.steps
         evaluates, draws = _due(step, log.evaluate_every, last), _due(step, log.sample_every, last)
-        saves = _due(step, config.checkpoint.every, last) or outcome.stops or self.owes_save
+        if stops and not last:  # the time until SIGKILL is short
+            evaluates = draws = False
+        saves = _due(step, config.checkpoint.every, last) or stops or self.owes_save
         if saves and outcome.unread.skipped:
             # The weights may be to blame: they are saved when another step has succeeded.
-            saves, self.owes_save = False, not outcome.stops
+            saves, self.owes_save = False, True
         if saves or self.config.guard.checksum_every and _due(step, self.config.guard.checksum_every, last):
             self.compare_replicas()
-        if not (evaluates or saves or draws or outcome.stops or _due(step, log.every, last)):
+        if not (evaluates or saves or draws or _due(step, log.every, last)):
             return
         self.look(evaluates)
         if saves:
@@ -343,7 +349,7 @@ class Course:
             if found is None:
                 logger.warning("step %d: %s; there is no checkpoint before it to go back to", bad.step, spike)
                 return False
-            self.progress = load(self.run, found).gone_back(bad.batch)
+            self.progress = load(self.run, found).gone_back(bad)
         except ValueError as error:
             raise Diverged(f"step {bad.step}: {spike}, and there is no going back: {error}") from error
         if self.run.process.is_main:

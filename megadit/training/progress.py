@@ -51,16 +51,16 @@ class Progress:
             skipped=skipped if applied else (*skipped, step),
         )
 
-    def gone_back(self, bad_batch: int) -> Progress:
-        """From this older state on, with what lies between its batch and `bad_batch`, both included, passed over.
+    def gone_back(self, bad: Progress) -> Progress:
+        """From this older state on, with the batches since it, up to that of `bad`, passed over.
 
-        >>> Progress(step=100, updates=100).gone_back(bad_batch=107)
+        >>> Progress(step=100, updates=100).gone_back(Progress(step=107, updates=107))
         Progress(step=100, updates=100, passed_over=7, rewinds=1, skipped=())
         """
         return Progress(
             step=self.step,
             updates=self.updates,
-            passed_over=bad_batch - self.step,
-            rewinds=self.rewinds + 1,
+            passed_over=bad.batch - self.step,
+            rewinds=bad.rewinds + 1,
             skipped=self.skipped,
         )

@@ -44,9 +44,12 @@ def test_a_detector_needs_half_its_window_and_forgets_what_stood_out():
 
 
 def test_a_second_return_passes_over_both_windows():
-    first = Progress(step=20, updates=20).gone_back(bad_batch=25)
-    assert (first.batch, first.passed_over) == (25, 5)
-    again = Progress(step=20, updates=20, passed_over=5, rewinds=1).gone_back(bad_batch=32)
+    saved = Progress(step=20, updates=20)
+    first = saved.gone_back(Progress(step=25, updates=25))
+    assert (first.batch, first.passed_over, first.rewinds) == (25, 5, 1)
+    # Before the next save: the same checkpoint again, and yet another return.
+    bad = Progress(step=27, updates=27, passed_over=first.passed_over, rewinds=first.rewinds)
+    again = saved.gone_back(bad)
     assert (again.batch, again.passed_over, again.rewinds) == (32, 12, 2)
 
 
