@@ -1,6 +1,8 @@
 """Thirty SIGKILLs of random ranks at random moments: torchrun restarts them, and the run repeats itself to the bit."""
 
+import os
 import random
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -47,23 +49,22 @@ def test_thirty_kills_under_torchrun_leave_no_trace_in_the_run(tmp_path):
     folder, killed = tmp_path / "killed", []
     agent = torchrun(folder, KILLS)
     try:
-        for _ in range(KILLS):
+        for left in range(KILLS, 0, -1):
             # A life of its own for each kill: wait for ranks that have not been there before.
             deadline = time.monotonic() + 120
             while not (len(ranks := ranks_of(agent.pid)) == RANKS and not set(ranks) & set(killed)):
                 assert agent.poll() is None and time.monotonic() < deadline, tmp_path / "killed.log"
                 time.sleep(0.05)
-            begun = time.monotonic()
-            if chance.random() < 0.25:  # while it starts
-                wait, more = chance.uniform(0, 8), 0
+            begun, done = time.monotonic(), len(lines(folder))
+            room = (STEPS - 20 - done) // left  # steps for each life, so that none is the last
+            if room < 1 or chance.random() < 0.25:  # while it starts
+                wait, more = chance.uniform(0, 5), 0
             else:
-                wait, more = 0, chance.randint(1, 12)
-            done = len(lines(folder))
-            while time.monotonic() < begun + wait or (more and not len(lines(folder)) >= min(done + more, STEPS - 1)):
+                wait, more = 0, chance.randint(1, min(12, 2 * room))
+            while time.monotonic() < begun + wait or len(lines(folder)) < done + more:
                 assert agent.poll() is None and time.monotonic() < begun + 120, tmp_path / "killed.log"
                 time.sleep(0.002)
-            victim = chance.choice(ranks)
-            subprocess.run(["kill", "-KILL", str(victim)], check=True)
+            os.kill(chance.choice(ranks), signal.SIGKILL)
             killed += ranks
         assert agent.wait(300) == 0
     finally:
