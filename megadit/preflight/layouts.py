@@ -30,8 +30,9 @@ def label(config: ParallelConfig, world_size: int) -> str:
 def parse_layout(text: str, world_size: int) -> ParallelConfig:
     """The layout that `tensor=2,expert=2` stands for. Raises ValueError that says what to change.
 
-    >>> parse_layout("tensor=2,expert=2", 4)
-    ParallelConfig(tensor=2, pipeline=1, expert=2, sequence=False, schedule='1f1b', stages_per_rank=2)
+    >>> layout = parse_layout("tensor=2,expert=2", 4)
+    >>> layout.tensor, layout.pipeline, layout.expert
+    (2, 1, 2)
     """
     values = {}
     for part in text.split(","):

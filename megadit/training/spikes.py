@@ -16,8 +16,8 @@ def robust_z(value: float, history: Iterable[float]) -> float:
 
     The median and the median absolute deviation, which single outliers do not move (Iglewicz and Hoaglin, 1993).
 
-    >>> robust_z(5.0, [1.0, 1.1, 0.9, 1.2, 0.8])
-    26.98...
+    >>> round(robust_z(5.0, [1.0, 1.1, 0.9, 1.2, 0.8]), 2)
+    26.98
     """
     history = list(history)
     middle = median(history)

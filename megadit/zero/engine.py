@@ -229,6 +229,7 @@ class ZeroEngine:
         self.optimizer.set_lr(lr)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        del self.optimizer.looked  # with its memory
         return update
 
     def fragments(self) -> list[Fragment]:
