@@ -9,8 +9,8 @@ few steps without and as many with it, and the guard's cost is the difference wi
   step        seconds of a step without a guard: median over the rounds
   cost        microseconds that a step is longer with it: median and quartiles over the rounds
   share       cost over step, in percent
-  busy        processor time that the guard's own threads take, in percent of one core: of a process that sleeps with it
-              for a few seconds; on a machine that others use, this tells more than the difference of two steps
+  processor   the same of the processor time that the first process uses, in percent: on a machine that others use, this
+              tells more
 
   watchdog    heartbeats, progress, the collectives' record
   finite      a look at all gradients before they are summed, in every step
@@ -116,25 +116,28 @@ class Setting:
     ranks: int
     rounds: int
     steps: int
-    asleep: float  # seconds, for "busy"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One guard, on rank 0: seconds of a step in each round, without and with it; its share of a core, asleep."""
+    """One guard, on rank 0: a step's seconds, and processor seconds, in each round, without and with it."""
 
     name: str
-    without: list[float]
-    guarded: list[float]
-    busy: float = 0.0
+    without: list[list[float]]
+    guarded: list[list[float]]
+
+    def costs(self, kind: int) -> tuple[float, list[float]]:
+        """(the median step without the guard, what each round's is longer with it), of seconds or processor seconds."""
+        pairs = zip(self.without, self.guarded, strict=True)
+        return median(each[kind] for each in self.without), [after[kind] - before[kind] for before, after in pairs]
 
     def text(self) -> str:
-        costs = [after - before for before, after in zip(self.without, self.guarded, strict=True)]
+        step, costs = self.costs(0)
+        used, used_more = self.costs(1)
         low, middle, high = quantiles(costs, n=4)
-        step = median(self.without)
         return (
             f"{self.name:<12} {step * 1e3:9.2f} ms {middle * 1e6:8.0f} us [{low * 1e6:.0f}, {high * 1e6:.0f}]"
-            f" {100 * middle / step:7.2f} % {100 * self.busy:8.3f} %"
+            f" {100 * middle / step:7.2f} % {100 * median(used_more) / used:8.2f} %"
         )
 
 
@@ -144,19 +147,20 @@ def contest(setting: Setting, process: Process) -> list[Row]:
     run = build_run(config, check(config, process.world_size), read_inputs(config), process)
     progress, number = Progress(), 0
 
-    def timed(guard: Guard) -> float:
+    def timed(guard: Guard) -> list[float]:
         nonlocal progress, number
         number += 1
         with guard(run, number) as after_step:
             dist.barrier()
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             for left in reversed(range(setting.steps)):
                 outcome = train_step(run, progress)
                 read(run, [outcome.unread])
                 progress = outcome.progress
                 after_step(outcome, left)
             dist.barrier()
-            return (time.perf_counter() - began) / setting.steps
+            seconds, used = time.perf_counter() - began, time.process_time() - used
+            return [seconds / setting.steps, used / setting.steps]
 
     rows = [Row(name, [], []) for name in GUARDS]
     timed(nothing)  # caches, allocations
@@ -165,19 +169,7 @@ def contest(setting: Setting, process: Process) -> list[Row]:
             ways = list(zip(GUARDS[row.name], (row.without, row.guarded), strict=True))
             for guard, seconds in ways if turn % 2 == 0 else reversed(ways):
                 seconds.append(timed(guard))
-    return [replace(row, busy=busy(GUARDS[row.name], run, -place, setting.asleep)) for place, row in enumerate(rows, 1)]
-
-
-def busy(guards: tuple[Guard, Guard], run: Run, number: int, asleep: float) -> float:
-    """The processor time of a sleeping process, over the time, with the guard less without it."""
-    shares = []
-    for guard in guards:
-        with guard(run, number):
-            time.sleep(1.0)  # it starts
-            began, used = time.perf_counter(), time.process_time()
-            time.sleep(asleep)
-            shares.append((time.process_time() - used) / (time.perf_counter() - began))
-    return shares[1] - shares[0]
+    return rows
 
 
 def run_rank(rank: int, setting: Setting, port: int, out: str) -> None:
@@ -207,13 +199,12 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--steps", type=int, default=20, help="of one round, each way")
-    parser.add_argument("--asleep", type=float, default=10.0, help="seconds")
     parser.add_argument("--json", help="write what was measured to this file")
     args = parser.parse_args()
-    setting = Setting(args.config, args.ranks, args.rounds, args.steps, args.asleep)
+    setting = Setting(args.config, args.ranks, args.rounds, args.steps)
     rows = measure(setting)
     print(f"{setting.ranks} ranks, {setting.rounds} rounds of {setting.steps} steps each way, {setting.config}")
-    print(f"{'guard':<12} {'step':>12} {'cost [quartiles]':>20} {'share':>10} {'busy':>9}")
+    print(f"{'guard':<12} {'step':>12} {'cost [quartiles]':>20} {'share':>10} {'processor':>10}")
     for row in rows:
         print(row.text())
     if args.json:
