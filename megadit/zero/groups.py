@@ -180,5 +180,6 @@ def all_finite(tensors: list[Tensor], like: Tensor) -> Tensor:
     """Whether every element of every tensor is finite, a 0-dim tensor on the device: one pass over their memory."""
     if not tensors:
         return torch.ones((), dtype=torch.bool, device=like.device)
-    # The largest magnitude of each; a sum of squares would overflow where no element does.
-    return torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite().all()
+    # Squares may overflow where no element does: those of the whole gradient's norm do, then. The largest magnitudes
+    # would not, but take six times as long on a CPU.
+    return torch.stack(torch._foreach_norm(tensors, 2)).isfinite().all()
