@@ -4,21 +4,24 @@
     python tools/bench_guard.py --config examples/configs/digits.yaml --ranks 4 --rounds 40 --json guards.json
 
 Every guard takes turns with its absence, round after round, so that a machine that slows down slows both: a round is a
-few steps without and as many with it, and the guard's cost is the difference within a round.
+few steps without and as many with it. What a guard costs is told twice, of the first process: by a clock inside it, and
+by the difference within a round. The first is exact for what is done on the host. The second sees everything, but only
+what is larger than the machine's own noise: look at its quartiles.
 
-  step        seconds of a step without a guard: median over the rounds
-  cost        microseconds that a step is longer with it: median and quartiles over the rounds
-  share       cost over step, in percent
-  processor   the same of the processor time that the first process uses, in percent: on a machine that others use, this
-              tells more
+  step        milliseconds of a step without a guard: median over the rounds
+  inside      microseconds of a step that pass in the guard's own code: median over the rounds
+  share       inside over step, in percent
+  longer      percent of a step that a step is longer with the guard: median and quartiles over the rounds
 
-  watchdog    heartbeats, progress, the collectives' record
+The last line adds the shares of the guards that are on by default.
+
+  watchdog    heartbeats and progress; inside: the processor time of its two threads
   finite      a look at all gradients before they are summed, in every step
   spikes      robust z-scores of loss and gradient norm, in every step
-  checksums   replicas of all parameters compared once in a round of steps
+  checksums   replicas of all parameters compared in every step; off by default, and then not in every step
 
 To measure another guard, add it to GUARDS, with what it is compared with: context managers that are entered on every
-rank for the steps of a round and give what is called after each step.
+rank for the steps of a round, count what passes inside on a stopwatch, and give what is called after each step.
 """
 
 from __future__ import annotations
@@ -28,12 +31,14 @@ import json
 import os
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -49,63 +54,100 @@ from megadit.training.spikes import SpikeDetector
 from megadit.training.step import Outcome, read, train_step
 from megadit.zero import engine, reference
 
-AfterStep = Callable[[Outcome, int], object]  # the second: steps that are left in the round
-Guard = Callable[[Run, int], AbstractContextManager[AfterStep]]
+P = ParamSpec("P")
+T = TypeVar("T")
+AfterStep = Callable[[Outcome], object]
+Guard = Callable[["Round"], AbstractContextManager[AfterStep]]
+
+
+@dataclass
+class Round:
+    """A few steps of `run`; number: how many such there were; inside: seconds that passed in the guard's own code."""
+
+    run: Run
+    number: int
+    inside: float = 0.0
+
+    def clocked(self, function: Callable[P, T]) -> Callable[P, T]:
+        """The function, with its seconds added to `inside`."""
+
+        def clocked(*args: P.args, **kwargs: P.kwargs) -> T:
+            began = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.inside += time.perf_counter() - began
+
+        return clocked
 
 
 @contextmanager
-def nothing(run: Run, number: int) -> Iterator[AfterStep]:
+def nothing(this: Round) -> Iterator[AfterStep]:
     """What a step does by itself."""
-    yield lambda outcome, left: None
+    yield lambda outcome: None
 
 
 @contextmanager
-def watchdog(run: Run, number: int) -> Iterator[AfterStep]:
-    """The watchdog over ranks; `number` keeps its keys apart from those of its other lives."""
-    connect = run.process.meeting.connect
-    meeting = replace(run.process.meeting, connect=lambda: dist.PrefixStore(f"bench/{number}", connect()))
-    with Watchdog(replace(run.process, meeting=meeting)) as dog:
+def watchdog(this: Round) -> Iterator[AfterStep]:
+    """The watchdog over ranks; the round's number keeps its keys apart from those of its other lives."""
+    process = this.run.process
+    connect = process.meeting.connect
+    meeting = replace(process.meeting, connect=lambda: dist.PrefixStore(f"bench/{this.number}", connect()))
+    with Watchdog(replace(process, meeting=meeting)) as dog:
         dog.watch(WatchdogConfig(), Path(tempfile.gettempdir()), lambda *words, **more: None)
-        yield lambda outcome, left: dog.progress(outcome.progress.step)
+        yield this.clocked(lambda outcome: dog.progress(outcome.progress.step))
+        threads = [thread for thread in threading.enumerate() if thread.name.startswith("watchdog ")]
+        assert len(threads) == 2
+        this.inside += sum(time.clock_gettime(time.pthread_getcpuclockid(thread.ident or 0)) for thread in threads)
 
 
 @contextmanager
-def unlooked(run: Run, number: int) -> Iterator[AfterStep]:
-    """Nobody looks whether gradients are finite."""
+def looking(all_finite: Callable[..., torch.Tensor]) -> Iterator[AfterStep]:
+    """Steps whose gradients are looked at by `all_finite`."""
     looks = [module.all_finite for module in (reference, engine)]
-    reference.all_finite = engine.all_finite = lambda tensors, like: torch.ones_like(like, dtype=torch.bool)
+    reference.all_finite = engine.all_finite = all_finite
     try:
-        yield lambda outcome, left: None
+        yield lambda outcome: None
     finally:
         reference.all_finite, engine.all_finite = looks
 
 
+def blind(this: Round) -> AbstractContextManager[AfterStep]:
+    """Nobody looks whether gradients are finite."""
+    return looking(lambda tensors, like: torch.ones_like(like, dtype=torch.bool))
+
+
+def finite(this: Round) -> AbstractContextManager[AfterStep]:
+    """The look, on the clock."""
+    return looking(this.clocked(engine.all_finite))
+
+
 @contextmanager
-def spikes(run: Run, number: int) -> Iterator[AfterStep]:
+def spikes(this: Round) -> Iterator[AfterStep]:
     """A detector with a full window, as it is after the first steps of a training."""
-    detector = SpikeDetector(threshold=1e9, window=run.config.guard.window)
-    for i in range(run.config.guard.window):
+    detector = SpikeDetector(threshold=1e9, window=this.run.config.guard.window)
+    for i in range(this.run.config.guard.window):
         detector.look(1 + i % 7, 1 + i % 5)
-    yield lambda outcome, left: detector.look(outcome.loss, outcome.grad_norm)
+    yield this.clocked(lambda outcome: detector.look(outcome.loss, outcome.grad_norm))
 
 
 @contextmanager
-def checksums(run: Run, number: int) -> Iterator[AfterStep]:
-    """Replicas compared after the last step of a round."""
+def checksums(this: Round) -> Iterator[AfterStep]:
+    """Replicas compared after every step."""
 
-    def compare(outcome: Outcome, left: int) -> None:
-        if left == 0:
-            assert differing_replicas(run.named, run.grid) == []
+    def compare(outcome: Outcome) -> None:
+        assert differing_replicas(this.run.named, this.run.grid) == []
 
-    yield compare
+    yield this.clocked(compare)
 
 
 GUARDS: dict[str, tuple[Guard, Guard]] = {  # without it, with it
     "watchdog": (nothing, watchdog),
-    "finite": (unlooked, nothing),
+    "finite": (blind, finite),
     "spikes": (nothing, spikes),
     "checksums": (nothing, checksums),
 }
+OFF_BY_DEFAULT = ("checksums",)
 
 
 @dataclass(frozen=True)
@@ -120,24 +162,24 @@ class Setting:
 
 @dataclass(frozen=True)
 class Row:
-    """One guard, on rank 0: a step's seconds, and processor seconds, in each round, without and with it."""
+    """One guard, on rank 0, in each round: a step's seconds without and with it, and those inside it."""
 
     name: str
-    without: list[list[float]]
-    guarded: list[list[float]]
+    without: list[float]
+    guarded: list[float]
+    inside: list[float]
 
-    def costs(self, kind: int) -> tuple[float, list[float]]:
-        """(the median step without the guard, what each round's is longer with it), of seconds or processor seconds."""
-        pairs = zip(self.without, self.guarded, strict=True)
-        return median(each[kind] for each in self.without), [after[kind] - before[kind] for before, after in pairs]
+    @property
+    def share(self) -> float:
+        """Percent of a step that passes in the guard."""
+        return 100 * median(self.inside) / median(self.without)
 
     def text(self) -> str:
-        step, costs = self.costs(0)
-        used, used_more = self.costs(1)
-        low, middle, high = quantiles(costs, n=4)
+        pairs = zip(self.without, self.guarded, strict=True)
+        low, middle, high = quantiles([100 * (guarded / without - 1) for without, guarded in pairs], n=4)
         return (
-            f"{self.name:<12} {step * 1e3:9.2f} ms {middle * 1e6:8.0f} us [{low * 1e6:.0f}, {high * 1e6:.0f}]"
-            f" {100 * middle / step:7.2f} % {100 * median(used_more) / used:8.2f} %"
+            f"{self.name:<10} {median(self.without) * 1e3:9.2f} ms {median(self.inside) * 1e6:8.0f} us"
+            f" {self.share:7.2f} % {middle:+7.1f} % [{low:+.1f}, {high:+.1f}]"
         )
 
 
@@ -147,28 +189,32 @@ def contest(setting: Setting, process: Process) -> list[Row]:
     run = build_run(config, check(config, process.world_size), read_inputs(config), process)
     progress, number = Progress(), 0
 
-    def timed(guard: Guard) -> list[float]:
+    def timed(guard: Guard) -> tuple[float, float]:
+        """Seconds of a step, and those of them inside the guard."""
         nonlocal progress, number
         number += 1
-        with guard(run, number) as after_step:
+        this = Round(run, number)
+        with guard(this) as after_step:
             dist.barrier()
-            began, used = time.perf_counter(), time.process_time()
-            for left in reversed(range(setting.steps)):
+            began = time.perf_counter()
+            for _ in range(setting.steps):
                 outcome = train_step(run, progress)
                 read(run, [outcome.unread])
                 progress = outcome.progress
-                after_step(outcome, left)
+                after_step(outcome)
             dist.barrier()
-            seconds, used = time.perf_counter() - began, time.process_time() - used
-            return [seconds / setting.steps, used / setting.steps]
+            seconds = time.perf_counter() - began
+        return seconds / setting.steps, this.inside / setting.steps
 
-    rows = [Row(name, [], []) for name in GUARDS]
+    rows = [Row(name, [], [], []) for name in GUARDS]
     timed(nothing)  # caches, allocations
     for turn in range(setting.rounds):
         for row in rows:
-            ways = list(zip(GUARDS[row.name], (row.without, row.guarded), strict=True))
-            for guard, seconds in ways if turn % 2 == 0 else reversed(ways):
-                seconds.append(timed(guard))
+            for guarded in (False, True) if turn % 2 == 0 else (True, False):
+                seconds, inside = timed(GUARDS[row.name][guarded])
+                (row.guarded if guarded else row.without).append(seconds)
+                if guarded:
+                    row.inside.append(inside)
     return rows
 
 
@@ -204,9 +250,12 @@ def main() -> None:
     setting = Setting(args.config, args.ranks, args.rounds, args.steps)
     rows = measure(setting)
     print(f"{setting.ranks} ranks, {setting.rounds} rounds of {setting.steps} steps each way, {setting.config}")
-    print(f"{'guard':<12} {'step':>12} {'cost [quartiles]':>20} {'share':>10} {'processor':>10}")
+    print(f"{'guard':<10} {'step':>12} {'inside':>11} {'share':>9} {'longer':>9} [quartiles]")
     for row in rows:
         print(row.text())
+    print(
+        f"on by default, together: {sum(row.share for row in rows if row.name not in OFF_BY_DEFAULT):.2f} % of a step"
+    )
     if args.json:
         Path(args.json).write_text(json.dumps({"setting": asdict(setting), "rows": [asdict(row) for row in rows]}))
 

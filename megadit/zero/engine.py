@@ -54,6 +54,7 @@ class _Optimizer(DeepSpeedZeroOptimizer):
     def __init__(self, grid: Grid, *args: object, **kwargs: object) -> None:
         self.grid = grid
         super().__init__(*args, **kwargs)
+        self.is_sound = torch.ones((), dtype=torch.bool, device=self.single_partition_of_fp32_groups[0].device)
 
     def create_gradient_handling_hooks(self) -> None:
         """None: a hook would reduce during the backward of every microbatch, and zero-bubble schedules bypass them."""
@@ -73,7 +74,15 @@ class _Optimizer(DeepSpeedZeroOptimizer):
             ranges = [g for g in self.averaged_gradients[group_idx] if not getattr(g, "_zero_padding", False)]
             yield from zip(parameters, ranges, strict=True)
 
-    def look(self, is_sound: Tensor, loss: Tensor, told: float) -> Update:
+    def average_tensor(self, tensor: Tensor, communication_data_type: torch.dtype) -> None:
+        """All that this rank brings to a step passes here before it is summed: one look for a whole bucket.
+
+        A look at each gradient where it lies takes twice as long.
+        """
+        self.is_sound = self.is_sound & all_finite([tensor], like=self.is_sound)
+        super().average_tensor(tensor, communication_data_type)
+
+    def look(self, loss: Tensor, told: float) -> Update:
         """What the step is going to do; makes its one all-reduce, and waits for it."""
         owned = []
         for parameter, gradient in self.partitioned_gradients():
@@ -81,7 +90,7 @@ class _Optimizer(DeepSpeedZeroOptimizer):
             if placement.is_owner(self.grid, sharded=placement.data_axes):
                 owned.append(gradient)
         like = self.single_partition_of_fp32_groups[0]
-        self.looked = read_update(*global_norm(owned, self.grid, like, is_sound, loss, told))
+        self.looked = read_update(*global_norm(owned, self.grid, like, self.is_sound, loss, told))
         return self.looked
 
     def check_overflow(self, partition_gradients: bool = True) -> None:
@@ -117,8 +126,6 @@ class ZeroEngine:
         _attach_to_process_group()
         self.named, self.grid = named, grid
         self._arrived: set[str] = set()  # names of the parameters that have had a gradient in this step
-        # Whether all gradients of this step were finite before they were summed.
-        self._sound = torch.ones((), dtype=torch.bool, device=named[0][1].device)
         expert_group = f"ep_size_{grid['ep'].size}"  # DeepSpeed parses this name
         param_groups = []
         for group in group_parameters(named, config.weight_decay, decays):
@@ -176,20 +183,13 @@ class ZeroEngine:
         self.optimizer._lazy_init_hp_params_optimizer_state()
 
     @property
-    def _takes_away(self) -> bool:
-        """Whether the gradients of a microbatch leave `p.grad` before the next one's come."""
-        return self.optimizer.use_grad_accum_attribute or self.optimizer.partition_gradients
-
-    @property
     def is_sound(self) -> bool:
-        return bool(self._sound)
+        return bool(self.optimizer.is_sound)
 
     def accumulate(self) -> None:
         if not self._arrived:
-            self._sound = torch.ones_like(self._sound)
+            self.optimizer.is_sound = torch.ones_like(self.optimizer.is_sound)
         found = [(name, parameter) for name, parameter in self.named if parameter.grad is not None]
-        if self._takes_away:
-            self._look_at(found)
         self._arrived.update(name for name, _ in found)
         for _, parameter in found:
             # DeepSpeed copies flat views, and drops `grad.data`: a schedule may leave a transposed gradient, and one
@@ -200,16 +200,10 @@ class ZeroEngine:
         if self.optimizer.partition_gradients and found:
             self._reduce_over_data()
 
-    def _look_at(self, found: NamedParameters) -> None:
-        gradients = [parameter.grad for _, parameter in found if parameter.grad is not None]
-        self._sound = self._sound & all_finite(gradients, like=self._sound)
-
     def reduce_gradients(self) -> None:
         self.accumulate()
         missing = [name for name, _ in self.named if name not in self._arrived]
         assert not missing, f"{missing[0]} has no gradient: every parameter takes part in every step"
-        if not self._takes_away:
-            self._look_at(self.named)
         self._arrived.clear()
         if not self.optimizer.partition_gradients:
             self._reduce_over_data()
@@ -225,7 +219,7 @@ class ZeroEngine:
             parameter.grad_accum = None  # type: ignore[attr-defined]
 
     def step(self, lr: float, loss: Tensor, told: float = 0.0) -> Update:
-        update = self.optimizer.look(self._sound, loss, told)
+        update = self.optimizer.look(loss, told)
         self.optimizer.set_lr(lr)
         self.optimizer.step()
         self.optimizer.zero_grad()

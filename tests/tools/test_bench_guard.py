@@ -8,5 +8,6 @@ def test_every_guard_is_measured_in_pairs():
     rows = measure(Setting(CONFIG, ranks=2, rounds=2, steps=1))
     assert [row.name for row in rows] == list(GUARDS)
     for row in rows:
-        assert len(row.without) == len(row.guarded) == 2 and min(min(each) for each in row.without + row.guarded) > 0
+        assert len(row.without) == len(row.guarded) == len(row.inside) == 2
+        assert all(0 < inside < step for inside, step in zip(row.inside, row.guarded, strict=True))
         assert row.name in row.text()
