@@ -54,7 +54,7 @@ run_drills() {
     local status=0
     python -m pytest -m drill --timeout 1800 "$@" || status=$?
     if [[ $status == 5 ]]; then # pytest's "no tests collected"
-        echo "no drills yet"
+        echo "no drills among these"
         status=0
     fi
     return "$status"

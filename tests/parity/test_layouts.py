@@ -5,7 +5,6 @@ Five optimizer steps with clipping and weight decay, against one process in floa
     python -m pytest -m "" tests/parity/test_layouts.py -k tp2-pp2-ep1-edp1-zbv-seq-float64-expert_choice
 """
 
-import os
 from functools import cache
 
 import pytest
@@ -43,14 +42,8 @@ def assert_small(found, tolerance, what):
     assert not wrong, f"{len(wrong)} of {len(found)} {what} differ by more than {tolerance:.0e}: {worst}"
 
 
-def share(cases):
-    """All of them, or with MEGADIT_PARITY_SHARE=0/3, 1/3 or 2/3 a third: continuous integration takes turns."""
-    number, of = map(int, os.environ.get("MEGADIT_PARITY_SHARE", "0/1").split("/"))
-    return cases[number::of]
-
-
 DRILLS = [case for case in dict.fromkeys((*exhaustive(4), *covering(8), *uneven())) if case not in FAST]
-CASES = {case: [] for case in FAST} | {case: [pytest.mark.drill] for case in share(DRILLS)}
+CASES = {case: [] for case in FAST} | {case: [pytest.mark.drill] for case in DRILLS}
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=str(case), marks=marks) for case, marks in CASES.items()])
