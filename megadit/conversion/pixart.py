@@ -73,7 +73,7 @@ class PixArt:
             "feedforward_norm_eps": settings["norm_eps"],
         }
         text = {
-            "kind": "states",
+            "kind": "precomputed",
             "channels": settings["caption_channels"],
             "width": width,
             "length": CAPTION_LENGTH,
@@ -90,8 +90,10 @@ class PixArt:
             "feedforward_norm_eps": model.attention_norm_eps,
         }
         faults = common_faults(model, wanted)
-        if text.kind != "states":
-            faults.append(f"text.kind={text.kind!r}, where theirs has 'states'")
+        if not text.is_frozen:
+            faults.append(f"text.kind={text.kind!r}, where theirs has 'precomputed', a frozen encoder's states")
+        if text.pooled:
+            faults.append(f"text.pooled={text.pooled}, where theirs has 0")
         if text.width != model.width:
             faults.append(f"text.width={text.width}, where theirs is model.width={model.width}")
         refuse(f"this model cannot become a {NAME}", faults)

@@ -20,7 +20,7 @@ from megadit.runtime.seed import stream
 class DataConfig:
     """The data set, the samples of one optimizer step over all ranks, and those of one forward pass on one rank."""
 
-    kind: Literal["digits", "arrays"] = "digits"
+    kind: Literal["digits", "arrays", "shards"] = "digits"
     path: str = ""  # arrays: the .npz file
     global_batch: int = 256
     micro_batch: int = 0  # 0: as large as there are pipeline stages to fill, one microbatch each

@@ -144,7 +144,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "ec-dit-m": _size(46, 3072, 12, 0),
     "ec-dit-m-64e": _size(38, 3072, 12, 64),
     # PixArt-alpha (arXiv 2310.00426) at 512 pixels, as the transformer's config.json of PixArt-XL-2-512x512 has it. Its
-    # captions are states of T5: text.kind=states, text.channels=4096, text.width=1152, text.length=120.
+    # captions are states of T5: text.kind=precomputed, text.channels=4096, text.width=1152, text.length=120.
     "pixart-xl-2": {**_XL_2, "modulation": "shared", "image_size": 64},
     # DiT (arXiv 2212.09748) at 256 pixels, as the transformer's config.json of DiT-XL-2-256 has it.
     "dit-xl-2": {

@@ -19,7 +19,7 @@ from megadit.model.block import Block, recomputed
 from megadit.model.config import ECDiTConfig
 from megadit.model.embed import MODULATION_OUTPUTS, Embedding, Head
 from megadit.model.router import RouterStats
-from megadit.model.text import TextConfig
+from megadit.model.text import TextConfig, readable
 from megadit.parallel.grid import Group
 from megadit.parallel.pipeline.anchor import anchored
 from megadit.parallel.tensor.mappings import Region, ReplicatedTokens, enter
@@ -66,18 +66,20 @@ class ECDiT(nn.Module):
         text_mask_BL: Tensor | None = None,
         labels_B: Tensor | None = None,
         text_states_BLC: Tensor | None = None,
+        text_pooled_BP: Tensor | None = None,
     ) -> tuple[Tensor | tuple[Tensor, ...], dict[int, RouterStats]]:
         """A pure function of the carry: (the next carry, statistics of each router by global layer index).
 
         The first stage takes the noisy image [B, C, H, W], the others the carry. The last one returns the velocity, and
         with a balance loss (velocity, balance_1): summed over layers and images, not yet weighted.
         timesteps_B: times in [0, 1], 1 is pure noise. text_ids_BL, text_mask_BL: token ids and True where there is a
-        token, with text_states_BLC in place of ids for text.kind=states; or labels_B: class indices. size: (H, W) of
-        the image, the same for the whole batch.
+        token, with text_states_BLC in place of ids for a frozen encoder's captions, and text_pooled_BP for text.pooled;
+        or labels_B: class indices. size: (H, W) of the image, the same for the whole batch.
         """
         if self.embed is not None:
             (image_BCHW,) = carry
-            carry = self.embed(image_BCHW, timesteps_B, text_ids_BL, text_mask_BL, labels_B, text_states_BLC)
+            told = (text_ids_BL, text_mask_BL, labels_B, text_states_BLC, text_pooled_BP)
+            carry = self.embed(image_BCHW, timesteps_B, *told)
             if self.has_balance_loss:
                 carry += (image_BCHW.new_zeros(1, dtype=torch.promote_types(image_BCHW.dtype, torch.float32)),)
         x_BTD, cond_BD, *rest = carry
@@ -89,6 +91,7 @@ class ECDiT(nn.Module):
         entered_BD = enter(cond_BD, self.region.group)
         entered_BLX = None if text_BLX is None else enter(text_BLX, self.region.group)
         entered_BVD = None if shared_BVD is None else self.region.enter_between(shared_BVD)
+        readable_BL = None if text_mask_BL is None else readable(text_mask_BL)
         stats: dict[int, RouterStats] = {}
         recompute = self.recompute == "block" and torch.is_grad_enabled()
         for layer, block in self.blocks.items():
@@ -98,7 +101,7 @@ class ECDiT(nn.Module):
             if block.embedder is not None:
                 own_BD = block.embedder(timesteps_B, labels_B, x_BTD.dtype)
                 layer_BD = enter(anchored(own_BD, cond_BD), self.region.group)
-            x_BTD, routing = run(x_BTD, layer_BD, entered_BLX, text_mask_BL, entered_BVD)
+            x_BTD, routing = run(x_BTD, layer_BD, entered_BLX, readable_BL, entered_BVD)
             if routing is not None:
                 stats[int(layer)] = routing.stats
             if routing is not None and routing.balance is not None:

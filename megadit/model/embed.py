@@ -95,7 +95,8 @@ def conditioning(
 class Embedding(nn.Module):
     """The first part of the first stage: (image, time, caption or class) -> the carry.
 
-    Tokens, conditioning, the shared modulation where there is one, text states where there is text.
+    Tokens, conditioning, the shared modulation where there is one, text states where there is text. A caption's pooled
+    vector passes two layers with a SiLU between, as the time does, and is added to the conditioning.
     """
 
     def __init__(self, config: ECDiTConfig, text: TextConfig, region: Region) -> None:
@@ -107,7 +108,10 @@ class Embedding(nn.Module):
         has_text = config.conditioning == "text"
         self.text: nn.Module | None = None
         if has_text:
-            self.text = TextProjection(text) if text.kind == "states" else TextEncoder(text)
+            self.text = TextProjection(text) if text.is_frozen else TextEncoder(text)
+        has_pooled = has_text and text.pooled > 0
+        self.pooled_in = ReplicatedLinear(text.pooled, config.width) if has_pooled else None
+        self.pooled_out = ReplicatedLinear(config.width, config.width) if has_pooled else None
         # One row more than there are classes: no class, for guidance (DiT).
         self.labels = None if has_text else placed((config.classes + 1, config.width))
         self.modulation = SharedModulation(config.width, region) if config.modulation == "shared" else None
@@ -120,6 +124,7 @@ class Embedding(nn.Module):
         text_mask_BL: Tensor | None,
         labels_B: Tensor | None,
         text_states_BLC: Tensor | None = None,
+        text_pooled_BP: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """(x_BTD, cond_BD), shared_BVD where the modulation is shared, and text_BLX where there is text."""
         patch, (height, width) = self.config.patch, image_BCHW.shape[-2:]
@@ -128,10 +133,15 @@ class Embedding(nn.Module):
             height // patch, width // patch, self.config.width, scale, image_BCHW.device
         ).to(image_BCHW.dtype)
         x_BTD = self.region.split_tokens(self.patch(patchify(image_BCHW, patch)) + positions_TD)
-        cond_BD = conditioning(self, timesteps_B, labels_B, image_BCHW.dtype)
+        dtype = image_BCHW.dtype
+        cond_BD = conditioning(self, timesteps_B, labels_B, dtype)
+        if self.pooled_in is not None and self.pooled_out is not None:
+            assert text_pooled_BP is not None
+            cond_BD = cond_BD + self.pooled_out(F.silu(self.pooled_in(text_pooled_BP.to(dtype))))
         carry = [x_BTD, cond_BD] if self.modulation is None else [x_BTD, cond_BD, self.modulation(cond_BD)]
         if isinstance(self.text, TextProjection):
-            carry.append(self.text(text_states_BLC))
+            assert text_states_BLC is not None
+            carry.append(self.text(text_states_BLC.to(dtype)))
         elif self.text is not None:
             carry.append(self.text(text_ids_BL, text_mask_BL))
         return tuple(carry)

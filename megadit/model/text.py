@@ -20,14 +20,35 @@ from megadit.parallel.tensor.linear import ReplicatedLinear
 class TextConfig:
     """The caption's way into the model."""
 
-    kind: Literal["builtin", "states"] = "builtin"  # states: of a frozen encoder, through two layers to text.width
+    # All but builtin are states of frozen encoders, through two layers to text.width. precomputed: by whatever encoded
+    # the data set. t5+clip: T5's states and CLIP's pooled vector, as FLUX.
+    kind: Literal["builtin", "t5", "clip", "t5+clip", "precomputed"] = "builtin"
     tokenizer: str = ""  # a sentencepiece model file; empty: one is trained on the data set's captions
     vocabulary: int = 256
     length: int = 16  # tokens of a caption, padded or cut to it
     width: int = 64
     layers: int = 2
     heads: int = 4
-    channels: int = 4096  # kind=states: of the states
+    channels: int = 4096  # of a frozen encoder's states
+    pooled: int = 0  # width of the frozen encoder's vector of the whole caption, which joins the time; 0: none
+    t5: str = ""  # the frozen encoder's name or folder
+    t5_revision: str = ""
+    clip: str = ""
+    clip_revision: str = ""
+    too_long: Literal["cut", "error"] = "cut"  # what becomes of a caption of more than `length` tokens
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether captions come as a frozen encoder's states."""
+        return self.kind != "builtin"
+
+
+def readable(text_mask_BL: Tensor) -> Tensor:
+    """The mask that attention takes: a caption without a single token is read whole, padding and all.
+
+    A softmax over nothing is 0 / 0, and whether a kernel gives zero or NaN for it depends on the kernel.
+    """
+    return text_mask_BL | ~text_mask_BL.any(dim=1, keepdim=True)
 
 
 class Norm(nn.Module):
@@ -75,7 +96,7 @@ class TextEncoder(nn.Module):
     def forward(self, text_ids_BL: Tensor, text_mask_BL: Tensor) -> Tensor:
         x_BLX = F.embedding(text_ids_BL, self.tokens) + self.positions[: text_ids_BL.shape[1]]
         for layer in self.layers:
-            x_BLX = layer(x_BLX, text_mask_BL[:, None, None, :])
+            x_BLX = layer(x_BLX, readable(text_mask_BL)[:, None, None, :])
         return self.norm(x_BLX)
 
 

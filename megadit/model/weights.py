@@ -23,7 +23,7 @@ def init_of(name: str, config: ECDiTConfig) -> Init:
         return Constant(1.0)
     if name.endswith("modulation.linear.weight") or name == "head.linear.weight":
         return Constant(0.0)
-    if name.endswith(EMBEDDINGS) or ".time_" in name:
+    if name.endswith(EMBEDDINGS) or ".time_" in name or ".pooled_" in name:
         return Normal(0.02)
     if name.startswith("blocks.") and name.endswith((".out.weight", ".down.weight", ".down")):
         return Xavier(gain=1 / math.sqrt(3 * config.layers))

@@ -129,12 +129,14 @@ def blank_condition(config: RunConfig, images: int) -> dict[str, Tensor]:
     if config.model.conditioning == "class":
         return {"labels_B": torch.zeros(images, dtype=torch.int64)}
     mask = torch.ones(images, text.length, dtype=torch.bool)
-    if text.kind == "states":
-        return {
-            "text_states_BLC": torch.zeros(images, text.length, text.channels, dtype=config.dtype),
-            "text_mask_BL": mask,
-        }
-    return {"text_ids_BL": torch.zeros(images, text.length, dtype=torch.int64), "text_mask_BL": mask}
+    told = {"text_mask_BL": mask}
+    if text.is_frozen:
+        told["text_states_BLC"] = torch.zeros(images, text.length, text.channels, dtype=config.dtype)
+    else:
+        told["text_ids_BL"] = torch.zeros(images, text.length, dtype=torch.int64)
+    if text.pooled:
+        told["text_pooled_BP"] = torch.zeros(images, text.pooled, dtype=config.dtype)
+    return told
 
 
 @contextmanager

@@ -120,6 +120,9 @@ class RunConfig:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
+# Values that older versions had other names for, by section and key.
+RENAMED = {("text", "kind"): {"states": "precomputed"}}
+
 SECTIONS: dict[str, type] = typing.get_type_hints(RunConfig)
 
 
@@ -175,7 +178,7 @@ def parse(raw: Mapping[str, Any], source: str) -> RunConfig:
         fields = {key_of(f.name): f.name for f in dataclasses.fields(SECTIONS[section])}
         for key in values:
             check_known(key, fields, "key", prefix=f"{section}.")
-        expanded[section] = {fields[key]: value for key, value in values.items()}
+        expanded[section] = {fields[key]: value for key, value in _renewed(section, values).items()}
     others = expanded.get("parallel", {}).get("fallbacks")
     for i, other in enumerate(others if isinstance(others, list) else []):
         for key in other if isinstance(other, Mapping) else {}:
@@ -205,9 +208,20 @@ def check_known(name: object, known: Sequence[str] | Mapping[str, Any], what: st
     raise ValueError(f"unknown {what} {prefix}{name}; the nearest is {prefix}{nearest[0]}")
 
 
+def _renewed(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A section's values under their names of today."""
+
+    def renewed(key: str, value: Any) -> Any:
+        names = RENAMED.get((section, key), {})
+        return names.get(value, value) if isinstance(value, str) else value
+
+    return {key: renewed(key, value) for key, value in values.items()}
+
+
 def differing(section: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What to say of each key of a section whose value is another one now."""
-    before = RunConfig().to_dict()[section] | dict(before)  # an older version had by default what it did not know
+    # An older version had by default what it did not know.
+    before = RunConfig().to_dict()[section] | _renewed(section, before)
     return [f"{section}.{key}={before[key]} is now {now[key]}" for key in now if before[key] != now[key]]
 
 
@@ -363,6 +377,22 @@ def conditioning_is_given(config: RunConfig, world_size: int) -> Iterator[str]:
         )
 
 
+def pooled_has_a_source(config: RunConfig, world_size: int) -> Iterator[str]:
+    text = config.text
+    if config.model.conditioning != "text" or not text.pooled:
+        return
+    if text.kind in ("builtin", "t5"):
+        yield (
+            f"text.pooled={text.pooled} is the width of CLIP's vector of a caption, which text.kind={text.kind} does "
+            "not have; use text.pooled=0, or text.kind=clip, t5+clip or precomputed"
+        )
+    if config.model.embedders == "per_layer":
+        yield (
+            f"text.pooled={text.pooled} joins the one conditioning of all layers, and model.embedders=per_layer has "
+            "one in every layer; use model.embedders=shared, or text.pooled=0"
+        )
+
+
 def images_per_group(config: RunConfig) -> int:
     """Images whose tokens are routed together: consecutive ones of a microbatch."""
     group = config.model.routing_group
@@ -457,7 +487,7 @@ NOT_NEGATIVE = {
         "classes",
         "out_channels",
     ),
-    "text": ("layers",),
+    "text": ("layers", "pooled"),
     "data": ("micro_batch",),
     "objective": ("logit_std",),
     "optim": ("lr", "weight_decay", "clip", "warmup"),
@@ -515,6 +545,7 @@ RULES: tuple[tuple[Rule, ...], ...] = (
         schedule_composes,
         routing_makes_sense,
         conditioning_is_given,
+        pooled_has_a_source,
         zero_keeps_precision,
         spikes_leave_a_way_back,
     ),
@@ -553,10 +584,10 @@ def check(config: RunConfig, world_size: int) -> Layout:
 def check_inputs(config: RunConfig) -> None:
     """Raises ValueError for a network that can be converted, but not yet trained or drawn from."""
     model, faults = config.model, []
-    if model.conditioning == "text" and config.text.kind == "states":
+    if model.conditioning == "text" and config.text.is_frozen and config.data.kind != "shards":
         faults.append(
-            "text.kind=states reads a frozen text encoder's states, which no data has yet; captions need "
-            "text.kind=builtin"
+            f"text.kind={config.text.kind} reads a frozen text encoder's states, which data.kind={config.data.kind} "
+            "does not have; use data.kind=shards, or text.kind=builtin"
         )
     if model.output_channels != model.channels:
         faults.append(

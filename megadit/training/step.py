@@ -104,7 +104,8 @@ def prepare(run: Run, batch: Batch, step: int, caption_dropout: float) -> tuple[
     dropped_B = draws.uniform_B < caption_dropout
     for key, told in batch.condition.items():
         dropped = dropped_B.view(-1, *[1] * (told.ndim - 1))
-        keywords[key] = torch.where(dropped, run.inputs.condition.nothing[key], told).to(device)
+        shown = torch.where(dropped, run.inputs.condition.nothing[key], told)
+        keywords[key] = shown.to(device, config.dtype if shown.is_floating_point() else shown.dtype)
     return noisy_BCHW.to(device, config.dtype), target_BCHW.to(device, exact), keywords
 
 

@@ -137,7 +137,7 @@ def test_the_preset_is_the_published_network():
     """Whose config.json names the class that it was of."""
     model, text = our_config(PUBLISHED, "Transformer2DModel")
     assert model == ECDiTConfig(**PRESETS["pixart-xl-2"])
-    assert text == TextConfig(kind="states", channels=4096, width=1152, length=120)
+    assert text == TextConfig(kind="precomputed", channels=4096, width=1152, length=120)
     total = sum(parameter.numel() for parameter in whole_model(model, text).parameters())
     assert total == 610_856_096
     architecture = ARCHITECTURES["Transformer2DModel"]
@@ -213,6 +213,7 @@ def test_ours_that_is_not_theirs_is_refused_by_name(key):
 def test_all_of_ours_that_is_not_theirs_is_named_at_once():
     model, _ = our_config(GOOD, NAME, **OURS_REFUSED)
     with pytest.raises(ValueError) as refusal:
-        ARCHITECTURES[NAME].their_config(model, TextConfig(width=24))
+        ARCHITECTURES[NAME].their_config(model, TextConfig(width=24, pooled=768))
     assert all(f"model.{key}=" in str(refusal.value) for key in OURS_REFUSED)
     assert "text.kind='builtin'" in str(refusal.value) and "text.width=24" in str(refusal.value)
+    assert "text.pooled=768" in str(refusal.value)

@@ -99,8 +99,10 @@ def inputs(config, text, images, is_first=True):
         carry = [torch.ones(images, *shape, requires_grad=True) for shape in shapes]
     ids = torch.full((images, text.length), 2)
     captions = {"text_ids_BL": ids, "text_mask_BL": ids > 0}
-    if text.kind == "states":
+    if text.is_frozen:
         captions["text_states_BLC"] = torch.ones(images, text.length, text.channels)
+    if text.pooled:
+        captions["text_pooled_BP"] = torch.ones(images, text.pooled)
     labels = {"labels_B": torch.zeros(images, dtype=torch.int64)}
     keywords = {"timesteps_B": torch.full((images,), 0.5), "size": size}
     return carry, keywords | (captions if config.conditioning == "text" else labels)
@@ -153,8 +155,9 @@ def test_flops_of_other_captions_are_what_torch_counts(count, config, text, laye
     assert forward_flops(config, text) == count(config, text=text, backward=False)[0]
 
 
-def test_flops_of_states_are_what_torch_counts(count, config, text):
-    text = replace(text, kind="states", channels=40, length=11)
+@pytest.mark.parametrize("pooled", [0, 24])
+def test_flops_of_states_are_what_torch_counts(count, config, text, pooled):
+    text = replace(text, kind="precomputed", channels=40, length=11, pooled=pooled)
     assert forward_flops(config, text) == count(config, text=text, backward=False)[0]
 
 
@@ -178,7 +181,8 @@ def test_a_training_step_takes_three_forwards_but_for_the_inputs_gradients(count
 
 @pytest.mark.parametrize("case", CASES)
 def test_both_passes_are_what_torch_counts(count, config, text, case):
-    config, text = replace(config, **CASES[case]), replace(text, kind="states", channels=40)
+    pooled = 0 if "per_layer" in case else 24
+    config, text = replace(config, **CASES[case]), replace(text, kind="precomputed", channels=40, pooled=pooled)
     images = 2 * images_of(config)
     for recompute, fused in [("block", True), ("moe", False)]:
         ours = flops_of(products_of(config, text, images), recompute, fused)

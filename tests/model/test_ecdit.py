@@ -24,7 +24,8 @@ MODELS = {
     "balanced_adaln_single": ({"modulation": "shared"} | BALANCED | CLASSES, [X, COND, SHARED, BALANCE]),
     "per_layer": ({"embedders": "per_layer"} | CLASSES, [X, COND]),
     "per_layer_of_text": ({"embedders": "per_layer"}, [X, COND, TEXT]),
-    "states": ({"text": TextConfig(kind="states", channels=10, width=16), "bias": True}, [X, COND, TEXT]),
+    "states": ({"text": TextConfig(kind="precomputed", channels=10, width=16), "bias": True}, [X, COND, TEXT]),
+    "pooled": ({"text": TextConfig(kind="t5+clip", channels=10, width=16, pooled=7)}, [X, COND, TEXT]),
 }
 
 
@@ -41,6 +42,7 @@ def inputs(randn):
     """The image and the keyword arguments, captions and classes."""
     times = torch.tensor([0.3, 0.9], dtype=torch.float64)
     captions = {"text_ids_BL": IDS, "text_mask_BL": IDS != 0, "text_states_BLC": randn(2, 6, 10)}
+    captions["text_pooled_BP"] = randn(2, 7)
     return randn(2, 3, 8, 8), {"timesteps_B": times, "size": (8, 8), "labels_B": torch.tensor([2, 3])} | captions
 
 
@@ -114,15 +116,18 @@ def test_statistics_are_means_over_the_last_training_forwards(build, inputs, ran
     assert means[1].entropy != each[0][1].entropy
 
 
-@pytest.mark.parametrize("model", ["gated", "classes", "adaln_single", "per_layer", "per_layer_of_text", "states"])
+@pytest.mark.parametrize(
+    "model", ["gated", "classes", "adaln_single", "per_layer", "per_layer_of_text", "states", "pooled"]
+)
 def test_every_input_matters_and_images_do_not_mix(build, inputs, model):
     image, keywords = inputs
     network = build(range(4), **MODELS[model][0])
     velocity = network(image, **keywords)
     others = {"timesteps_B": torch.tensor([0.3, 0.1]).double(), "text_ids_BL": IDS.clamp_max(5)}
     others |= {"labels_B": torch.tensor([2, 1]), "text_mask_BL": IDS > 2}
-    others["text_states_BLC"] = -keywords["text_states_BLC"]
-    read = {"classes": ["labels_B"], "per_layer": ["labels_B"], "states": ["text_states_BLC", "text_mask_BL"]}
+    others |= {key: -keywords[key] for key in ("text_states_BLC", "text_pooled_BP")}
+    states = ["text_states_BLC", "text_mask_BL"]
+    read = {"classes": ["labels_B"], "per_layer": ["labels_B"], "states": states, "pooled": [*states, "text_pooled_BP"]}
     read = read.get(model, ["text_ids_BL", "text_mask_BL"])
     unread = others.keys() - {"timesteps_B", *read}
     for key, other in others.items():
@@ -214,3 +219,18 @@ def test_embedders_of_a_layer_condition_that_layer_alone(build, inputs):
         own.blocks["2"].embedder.labels.add_(1)
     own(image, **keywords)
     assert {name for name, value in seen.items() if not torch.equal(value, before[name])} == {"2"}
+
+
+@pytest.mark.parametrize("model", ["gated", "states"])
+def test_padding_is_not_read_but_by_a_caption_without_a_token(build, inputs, model):
+    """Which has a finite velocity and finite gradients, and spoils no other image."""
+    (image, keywords), network = inputs, build(range(4), **MODELS[model][0])
+    velocity, mask = network(image, **keywords), keywords["text_mask_BL"]
+    padded = {"text_ids_BL": IDS.masked_fill(~mask, 11)}
+    padded["text_states_BLC"] = keywords["text_states_BLC"].masked_fill(~mask[:, :, None], 100.0)
+    torch.testing.assert_close(network(image, **keywords | padded), velocity, rtol=0, atol=1e-13)
+    empty = network(image, **keywords | {"text_mask_BL": torch.stack([mask[0], torch.zeros(6, dtype=torch.bool)])})
+    empty.square().sum().backward()
+    assert empty.isfinite().all() and (empty[1] - velocity[1]).abs().max() > 1e-3
+    assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
+    torch.testing.assert_close(empty[0], velocity[0], rtol=0, atol=1e-13)

@@ -113,7 +113,7 @@ def test_a_shared_modulation_is_made_here_for_all_layers(config, text, region, f
 
 
 def test_states_of_a_frozen_encoder_pass_two_layers(config, region, filled, randn):
-    text = TextConfig(kind="states", channels=10, width=16)
+    text = TextConfig(kind="precomputed", channels=10, width=16)
     embedding, states = filled(Embedding(config, text, region)), randn(2, 5, 10)
     names = {name for name, _ in embedding.named_parameters() if name.startswith("text")}
     assert names == {f"text.{layer}.{part}" for layer in ("project_in", "project_out") for part in ("weight", "bias")}
@@ -121,6 +121,30 @@ def test_states_of_a_frozen_encoder_pass_two_layers(config, region, filled, rand
     first, second = embedding.text.project_in, embedding.text.project_out
     hidden = F.gelu(states @ first.weight.T + first.bias, approximate="tanh")
     torch.testing.assert_close(found, hidden @ second.weight.T + second.bias, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("modulation", ["gated", "shared"])
+def test_a_pooled_caption_is_added_to_the_time(config, region, filled, randn, modulation):
+    """Two layers with a SiLU between, before a shared modulation reads the sum; in the precision of the network."""
+    text, config = (
+        TextConfig(kind="t5+clip", channels=10, width=16, pooled=7),
+        replace(config, modulation=modulation),
+    )
+    embedding, states, pooled = filled(Embedding(config, text, region)), randn(2, 5, 10), randn(2, 7)
+    image, times = randn(2, 3, 8, 8), torch.tensor([0.2, 0.7]).double()
+    _, cond, *rest = embedding(image, times, None, None, None, states, pooled)
+    hidden = F.silu(time_features(times) @ embedding.time_in.weight.T + embedding.time_in.bias)
+    expected = hidden @ embedding.time_out.weight.T + embedding.time_out.bias
+    hidden = F.silu(pooled @ embedding.pooled_in.weight.T + embedding.pooled_in.bias)
+    expected = expected + hidden @ embedding.pooled_out.weight.T + embedding.pooled_out.bias
+    torch.testing.assert_close(cond, expected, rtol=0, atol=1e-12)
+    if modulation == "shared":
+        linear = embedding.modulation.linear
+        wanted = (F.silu(expected) @ linear.weight.T + linear.bias).view(2, 6, 32)
+        torch.testing.assert_close(rest[0], wanted, rtol=0, atol=1e-12)
+    rounded = embedding(image, times, None, None, None, states.float(), pooled.float())
+    torch.testing.assert_close(rounded[1], cond, rtol=0, atol=1e-5)
+    assert rounded[1].dtype == rounded[-1].dtype == torch.float64
 
 
 def test_a_class_is_added_to_the_time(config, text, region, filled, randn):

@@ -29,7 +29,7 @@ from megadit.zero.groups import group_parameters
 from tests.parity.cases import MODELS, SHAPES
 
 NETWORKS = {name: load_config("tests/configs/parity.yaml", changes) for name, changes in (MODELS | SHAPES).items()}
-TEXTS = [TextConfig(layers=3), PAPER_TEXT]
+TEXTS = [TextConfig(layers=3), PAPER_TEXT, TextConfig(kind="t5+clip", width=96, pooled=768)]
 
 
 def axes_of(parameter):

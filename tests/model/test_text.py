@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megadit.model.text import TextEncoder, TextLayer
+from megadit.model.text import TextEncoder, TextLayer, readable
 
 MASK = torch.tensor([[True] * 6, [True, True, True, False, False, False]])
 
@@ -64,3 +64,19 @@ def test_padding_does_not_change_the_tokens(filled, text, length):
     assert torch.equal(encoder(other, mask)[:, :3], expected)
     # Nor does its length.
     torch.testing.assert_close(encoder(ids[:, :3], mask[:, :3]), expected, rtol=0, atol=1e-13)
+
+
+def test_a_caption_without_a_token_is_read_whole():
+    """All others are read as their mask says."""
+    assert torch.equal(readable(MASK), MASK)
+    empty = torch.tensor([[False] * 3, [True, False, False]])
+    assert readable(empty).tolist() == [[True] * 3, [True, False, False]]
+
+
+def test_a_caption_without_a_token_has_finite_states_and_gradients(filled, text):
+    encoder, ids = filled(TextEncoder(text)), torch.tensor([[0] * 6, [2, 9, 3, 0, 0, 0]])
+    states = encoder(ids, torch.stack([torch.zeros(6, dtype=torch.bool), MASK[1]]))
+    states.square().sum().backward()
+    assert states.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in encoder.parameters())
+    torch.testing.assert_close(states[1], encoder(ids[1:], MASK[1:])[0], rtol=0, atol=1e-13)

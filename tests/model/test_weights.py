@@ -8,18 +8,22 @@ import pytest
 import torch
 
 from megadit.model.ecdit import ECDiT
+from megadit.model.text import TextConfig
 from megadit.model.weights import decays, init_of
 from megadit.parallel.init import initialise
 
 ZERO = ["*.bias", "*_bias", "*.modulation.table", "*modulation.linear.weight", "head.linear.weight"]
 ONE = ["*.q_norm.weight", "*.k_norm.weight", "*.attention_norm.weight", "*.feedforward_norm.weight", "*.norm.weight"]
 SMALL = ["embed.text.tokens", "embed.text.positions", "*.time_in.weight", "*.time_out.weight", "*.labels"]
+SMALL += ["embed.pooled_in.weight", "embed.pooled_out.weight"]
 INTO_THE_STREAM = ["blocks.*.out.weight", "blocks.*.down.weight", "blocks.*.experts.down"]
 NO_DECAY = ["*.bias", "*_bias", "*.table", *ONE, "embed.text.tokens", "embed.text.positions", "*.labels"]
 # Changes of the configuration, and how many parameters start at random: the two ends, a block's attention, and
 # feed-forward layers, of which a mixture has a router and perhaps shared ones.
 TEXT_END, TIME_END, ATTENTION = 2 + 4 * 2, 1 + 2, 4
+FROZEN = {"text": TextConfig(kind="t5+clip", channels=40, width=16, pooled=24)}
 MODELS = {
+    "pooled": (FROZEN, 2 + 2 + TIME_END + 4 * (2 * ATTENTION + 2) + 2),
     "text": ({}, TEXT_END + TIME_END + 4 * (2 * ATTENTION + 2) + 2),
     "classes": ({"conditioning": "class", "classes": 40}, 1 + TIME_END + 4 * (ATTENTION + 2) + 2),
     "nucleus": (
@@ -46,7 +50,9 @@ def kind(request):
 @pytest.fixture(scope="module")
 def fresh(kind, config, text, region, grid):
     """A model with biases everywhere, as training starts it."""
-    config = replace(config, bias=True, **MODELS[kind][0])
+    changes = dict(MODELS[kind][0])
+    text = changes.pop("text", text)
+    config = replace(config, bias=True, **changes)
     model = ECDiT(config, text, range(config.layers), region, grid["ep"]).to(torch.float64)
     initialise(model.named_parameters(), grid, 0, lambda name: init_of(name, config))
     return model
@@ -81,6 +87,7 @@ def test_a_fresh_model_predicts_no_velocity(fresh, randn):
     image, ids = randn(2, 3, 8, 8), torch.tensor([[2, 3], [2, 3]])
     times = torch.tensor([0.2, 0.7], dtype=torch.float64)
     inputs = {"text_ids_BL": ids, "text_mask_BL": ids > 0, "labels_B": torch.tensor([0, 40])}
+    inputs |= {"text_states_BLC": randn(2, 2, 40), "text_pooled_BP": randn(2, 24)}
     velocity = fresh(image, timesteps_B=times, size=(8, 8), **inputs)
     assert torch.all(velocity == 0)
 

@@ -72,6 +72,27 @@ def test_a_cluster_of_512_gpus_has_room_for_97_billion_parameters():
         assert plan.headroom > 0.1
 
 
+# Captions of a frozen encoder, with a pooled vector and none.
+FROZEN_TEXT = ("text.kind=t5+clip", "text.channels=40", "text.pooled=24", "text.length=11")
+NETWORKS = {"states": ("text.kind=precomputed", "text.channels=24"), "pooled": FROZEN_TEXT}
+NETWORK_LAYOUTS = {
+    "one": (1, ()),
+    "tensor_pipeline": (4, ("parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true")),
+    "zbv_expert": (4, ("parallel.pipeline=2", "parallel.schedule=zbv", "parallel.expert=2")),
+}
+WIDE = ("model.width=64", "model.head_width=8", "model.image_size=16", "model.channels=4", "data.global_batch=32")
+
+
+@pytest.mark.parametrize("layout", NETWORK_LAYOUTS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_another_network_is_dry_run_as_planned(network, layout):
+    world_size, overrides = NETWORK_LAYOUTS[layout]
+    config = load_config(PARITY, [*NETWORKS[network], *WIDE, *overrides])
+    plan = planned(config, world_size)
+    for rank in roles(plan.layout):
+        assert_agrees(plan, config, rank)
+
+
 def random_overrides(seed: int) -> tuple[int, tuple[str, ...]]:
     """(number of processes, overrides of the parity configuration) of a layout that passes the rules."""
     draw = random.Random(seed)

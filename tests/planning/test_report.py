@@ -239,7 +239,7 @@ def test_parameters_hardware_and_configuration(plans, trees, name):
 
 
 def test_frozen_encoders_are_in_the_table():
-    plan = planned(load_gpu("h100"), "text.kind=states")
+    plan = planned(load_gpu("h100"), "text.kind=precomputed")
     counts = {row[0]: row[1] for row in rows(Tree(report(plan, [])).open[0], "model")}
     assert (counts["text encoder, frozen"], counts["autoencoder, frozen"]) == ("670,000,000", "84,000,000")
     assert counts["total"] == f"{size_of(plan.config.model, plan.config.text).total:,}"

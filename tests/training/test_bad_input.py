@@ -160,7 +160,21 @@ CASES = {
         ["model.modulation=shared", "model.embedders=per_layer"],
         ["model.modulation=shared reads one conditioning", "use model.embedders=shared"],
     ),
-    "captions as states": (1, ["text.kind=states"], ["text.kind=states reads", "captions need text.kind=builtin"]),
+    "captions as states": (
+        1,
+        ["text.kind=states"],
+        ["text.kind=precomputed reads", "data.kind=digits does not have", "text.kind=builtin"],
+    ),
+    "a pooled vector of nobody": (
+        1,
+        ["text.pooled=12"],
+        ["text.pooled=12 is the width of CLIP's vector", "text.kind=builtin does not have", "text.pooled=0"],
+    ),
+    "a pooled vector beside many embedders": (
+        1,
+        ["text.pooled=12", "text.kind=precomputed", "model.embedders=per_layer"],
+        ["text.pooled=12 joins the one conditioning", "use model.embedders=shared"],
+    ),
     "a learned variance": (
         2,
         ["model.out_channels=6"],

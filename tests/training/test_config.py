@@ -16,6 +16,7 @@ from megadit.training.config import (
     batch_divides,
     check,
     describe,
+    differing,
     experts_divide,
     fit,
     key_of,
@@ -119,6 +120,17 @@ def test_the_saved_configuration_writes_out_every_key():
     assert {section: list(keys) for section, keys in written.items()} == {
         section: [key_of(field.name) for field in dataclasses.fields(kind)] for section, kind in SECTIONS.items()
     }
+
+
+def test_what_an_older_version_called_states_is_precomputed(tmp_path):
+    """In a file, in an override, and in a checkpoint's configuration, which then is no other one."""
+    path = write(tmp_path / "x.yaml", "text: {kind: states, channels: 12}\n")
+    config = load_config(path)
+    assert config.text.kind == load_config(path, ["text.kind=states"]).text.kind == "precomputed"
+    assert load_config(path, ["text.kind=t5"]).text.kind == "t5"
+    now = config.to_dict()["text"]
+    assert differing("text", {"kind": "states", "channels": 12}, now) == []
+    assert differing("text", {"kind": "t5", "channels": 12}, now) == ["text.kind=t5 is now precomputed"]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

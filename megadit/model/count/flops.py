@@ -161,13 +161,16 @@ def _first(config: ECDiTConfig, text: TextConfig, images: int) -> list[Product]:
     products = [Product("patch", patches, gradients=1), *_time(config, images)]
     if config.modulation == "shared":
         products.append(Product("modulation", images * MODULATION_OUTPUTS["shared"] * config.width**2))
+    if config.conditioning == "text" and text.pooled:
+        products.append(Product("text", images * text.pooled * config.width, gradients=1))
+        products.append(Product("text", images * config.width**2))
     return products + (_text(text, images) if config.conditioning == "text" else [])
 
 
 def _text(text: TextConfig, images: int) -> list[Product]:
     """Of the captions' encoder, or of the projection of states, which need no gradient."""
     rows = images * text.length
-    if text.kind == "states":
+    if text.is_frozen:
         return [
             Product("text", rows * text.channels * text.width, gradients=1),
             Product("text", rows * text.width**2),

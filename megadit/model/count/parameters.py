@@ -16,6 +16,7 @@ from megadit.model.weights import decays
 # The part that a parameter belongs to: that of the first fragment that its name holds.
 PARTS = {
     "embed.text.": "text",
+    ".pooled_": "text",
     "norm.": "norms",
     ".labels": "classes",
     ".time_": "time",
@@ -31,7 +32,7 @@ PARTS = {
 }
 
 # What the paper's sizes imply of its captions: cross-attention reads states of width 1024. Their number is not given.
-PAPER_TEXT = TextConfig(kind="states", channels=1024, width=1024, length=128)
+PAPER_TEXT = TextConfig(kind="precomputed", channels=1024, width=1024, length=128)
 
 # Frozen networks that EC-DiT is trained beside and that the paper's totals include (arXiv 2410.02098): a CLIP-like text
 # encoder, and the autoencoder that makes latents of images.
@@ -86,7 +87,9 @@ class Weight:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters by part. experts: of all of them, routed; head: with its modulation."""
+    """Numbers of parameters by part. text: pooled vectors too; experts: of all of them, routed; head: with its
+    modulation.
+    """
 
     patch: int = 0
     time: int = 0
@@ -158,7 +161,8 @@ def _first(config: ECDiTConfig, text: TextConfig) -> Iterator[Weight]:
     yield from _linear("embed.patch", config.channels * config.patch**2, config.width)
     yield from _time("embed", config.width)
     if config.conditioning == "text":
-        yield from _projection(text) if text.kind == "states" else _encoder(text)
+        yield from _projection(text) if text.is_frozen else _encoder(text)
+        yield from _pooled(text, config.width)
     if config.modulation == "shared":
         outputs = MODULATION_OUTPUTS["shared"]
         yield from _linear("embed.modulation.linear", config.width, outputs * config.width, cut="columns")
@@ -231,6 +235,12 @@ def _projection(text: TextConfig) -> Iterator[Weight]:
     yield from _linear("embed.text.project_out", text.width, text.width)
 
 
+def _pooled(text: TextConfig, width: int) -> Iterator[Weight]:
+    if text.pooled:
+        yield from _linear("embed.pooled_in", text.pooled, width)
+        yield from _linear("embed.pooled_out", width, width)
+
+
 def _encoder(text: TextConfig) -> Iterator[Weight]:
     width = text.width
     yield Weight("embed.text.tokens", (text.vocabulary, width))
@@ -259,12 +269,12 @@ class Frozen:
 
 
 def frozen_parameters(config: ECDiTConfig, text: TextConfig) -> Frozen:
-    """The paper's two frozen networks where captions are a frozen encoder's states (text.kind=states), else none.
+    """The paper's two frozen networks where captions are a frozen encoder's states (text.kind), else none.
 
     A configuration does not say whether images are latents, so one rule serves both; nor does it name the encoder, so
     the sizes are always EC-DiT's.
     """
-    if config.conditioning == "text" and text.kind == "states":
+    if config.conditioning == "text" and text.is_frozen:
         return Frozen(FROZEN_TEXT_ENCODER, FROZEN_AUTOENCODER)
     return Frozen()
 
