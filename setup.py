@@ -15,8 +15,8 @@ def read_requirements(name: str) -> list[str]:
 
 
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megadit/__init__.py").read_text(encoding="utf-8"))
-# What only a tool needs: pictures of loss curves.
-OPTIONAL = {"plots": "matplotlib"}
+# What a training does not need: pictures of loss curves; frozen encoders, which data is encoded with.
+OPTIONAL = {"plots": ["matplotlib"], "encoders": ["diffusers", "transformers"]}
 pins = {line.split("==")[0]: line for line in read_requirements("requirements.txt")}
 
 setup(
@@ -27,9 +27,9 @@ setup(
     packages=find_packages(include=["megadit", "megadit.*"]),
     package_data={"megadit": ["py.typed"]},
     python_requires=">=3.11",  # what the pinned numpy needs
-    install_requires=[pin for name, pin in pins.items() if name not in OPTIONAL.values()],
+    install_requires=[pin for name, pin in pins.items() if name not in sum(OPTIONAL.values(), [])],
     extras_require={
-        **{extra: [pins[name]] for extra, name in OPTIONAL.items()},
+        **{extra: [pins[name] for name in names] for extra, names in OPTIONAL.items()},
         "test": [*pins.values(), *read_requirements("requirements-test.txt")],
     },
     entry_points={"console_scripts": ["megadit-train = megadit.train:command"]},

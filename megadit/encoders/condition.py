@@ -1,4 +1,4 @@
-"""What a network is told to draw: captions as their tokens, or classes as their numbers.
+"""What a network is told to draw: captions as their tokens or as a frozen encoder's states, or classes as numbers.
 
 A prompt is text in both cases; a class's is its number, such as "3".
 """
@@ -11,9 +11,11 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from megadit.encoders.frozen_text import FrozenText
 from megadit.encoders.tokenizer import Tokenizer
 
 Conditioning = Literal["text", "class"]
+TooLong = Literal["cut", "error"]
 
 
 class Condition(Protocol):
@@ -48,6 +50,46 @@ class Captions:
         """Which prompts are cut."""
         cut = self.tokenizer.too_long(prompts, self.length)
         return [f"the prompt {prompt!r} is cut to the {self.length} tokens that the model reads" for prompt in cut]
+
+
+class FrozenCaptions:
+    """text_states_BLC and text_mask_BL of frozen encoders and, where one has it, text_pooled_BP: float32, but the mask.
+
+    nothing: what they make of the empty caption.
+    """
+
+    def __init__(self, encoders: Sequence[FrozenText], too_long: TooLong = "cut") -> None:
+        """`encoders`: [T5], [CLIP] or [T5, CLIP]. States are the first's, the pooled vector is the last's.
+
+        So T5 alone has no pooled vector, and T5 with CLIP are what FLUX reads. `too_long`: what becomes of a text that
+        the first cannot read whole; of the last of two only a summary is read, for which a part will do.
+        """
+        assert 1 <= len(encoders) <= 2, "[T5], [CLIP] or [T5, CLIP]"
+        self.encoders, self.too_long = list(encoders), too_long
+        self.nothing = self.encode([""])
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Any text will do. A longer one is cut, or with too_long="error" raises ValueError that names it."""
+        reader, *others = self.encoders
+        if self.too_long == "error":
+            for prompt in reader.too_long(prompts):
+                raise ValueError(
+                    f"the caption {prompt!r} is longer than the {reader.length} tokens that are read; shorten it, set "
+                    "a larger text.length, or text.too_long=cut"
+                )
+        said = reader.encode(prompts)
+        pooled_BP = others[0].encode(prompts).pooled_BP if others else said.pooled_BP
+        told = {"text_states_BLC": said.states_BLC, "text_mask_BL": said.mask_BL}
+        return told if pooled_BP is None else told | {"text_pooled_BP": pooled_BP}
+
+    def warnings(self, prompts: Sequence[str]) -> list[str]:
+        """Which prompts an encoder cuts, where that is not an error."""
+        return [
+            f"the prompt {prompt!r} is cut to the {encoder.length} tokens that {encoder.identity['name']} reads"
+            for encoder in self.encoders
+            for prompt in encoder.too_long(prompts)
+            if encoder is not self.encoders[0] or self.too_long == "cut"
+        ]
 
 
 class Labels:
