@@ -21,6 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megadit.runtime.disk import sync_folder, write_synced
+
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
 _LATEST = "latest"
@@ -178,20 +180,3 @@ def _discard(path: Path) -> None:
     # removed now (NFS, while another process has a file open) is no reason to fail a save; the next one tries again.
     with contextlib.suppress(OSError):
         shutil.rmtree(path.rename(path.with_name(path.name + ".partial")), ignore_errors=True)
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a file and put it on disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Put renames and new files on disk; without it a power failure, though not a kill, could undo their order."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

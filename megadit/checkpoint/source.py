@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megadit.checkpoint import folder as disk
 from megadit.checkpoint.folder import MANIFEST_FILE, Progress
-from megadit.checkpoint.tensor_file import DTYPES, Entry, Spec, are_sizes, read_box, read_header
+from megadit.runtime.tensor_file import DTYPES, Entry, Spec, are_sizes, read_box, read_header
 
 __all__ = ["CheckpointSource", "FolderSource", "Source", "Spec", "find_checkpoint", "open_source"]
 

@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megadit.checkpoint import folder as disk
-from megadit.checkpoint.tensor_file import CODES, DTYPES, HashedTensorFileWriter, Spec
+from megadit.runtime.tensor_file import CODES, DTYPES, HashedTensorFileWriter, Spec
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from torch import Tensor
 from megadit.checkpoint import folder as disk
 from megadit.checkpoint.folder import Progress
 from megadit.checkpoint.source import CONFIG_FILE
-from megadit.checkpoint.tensor_file import HashedTensorFileWriter, Spec, TensorFileWriter
+from megadit.runtime.disk import sync_folder, write_synced
+from megadit.runtime.tensor_file import HashedTensorFileWriter, Spec, TensorFileWriter
 
 CHECKPOINT_FILE_BYTES = 1 << 32
 _PARTIAL = ".partial"
@@ -185,9 +186,9 @@ def write_folder(
         total += sum(spec.num_bytes for spec in specs.values())
     if len(plan) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        disk.write_synced(folder / f"{stem}.safetensors.index.json", _pretty(index))
-    disk.write_synced(folder / CONFIG_FILE, _pretty(config))
-    disk.sync_folder(folder)
+        write_synced(folder / f"{stem}.safetensors.index.json", _pretty(index))
+    write_synced(folder / CONFIG_FILE, _pretty(config))
+    sync_folder(folder)
 
 
 def _pretty(value: Mapping[str, Any]) -> bytes:
@@ -212,7 +213,7 @@ def appearing(folder: Path, may_replace: Callable[[Path], bool] | None = None) -
     lock = _claim(partial)
     try:
         yield partial
-        disk.sync_folder(partial)
+        sync_folder(partial)
         _check_destination(folder, may_replace)
         if folder.exists() and any(folder.iterdir()):
             replaced = folder.with_name(folder.name + ".replaced")
@@ -222,7 +223,7 @@ def appearing(folder: Path, may_replace: Callable[[Path], bool] | None = None) -
             shutil.rmtree(replaced, ignore_errors=True)
         else:
             partial.rename(folder)
-        disk.sync_folder(folder.parent)
+        sync_folder(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

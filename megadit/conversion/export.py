@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 
 import megadit
-from megadit.checkpoint.folder import write_synced
 from megadit.checkpoint.source import CONFIG_FILE, read_json
 from megadit.checkpoint.stream import Outgoing, Progress, appearing, write_folder
 from megadit.conversion.mapping import fitting_architecture, theirs_outgoing
@@ -19,6 +18,7 @@ from megadit.conversion.run_folder import all_outgoing
 from megadit.conversion.weights import FORMAT, Bar, Weights, open_weights, parameters_of
 from megadit.parallel.grid import ParallelConfig
 from megadit.parallel.placement import Placement
+from megadit.runtime.disk import write_synced
 from megadit.training.build import TOKENIZER_FILE
 from megadit.training.config import experts_divide, tensor_divides
 

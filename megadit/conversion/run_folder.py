@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 import megadit
-from megadit.checkpoint.folder import write_synced
 from megadit.checkpoint.stream import Outgoing, appearing, write_checkpoint
 from megadit.conversion.weights import Bar, Weights, dtype_name, open_weights
+from megadit.runtime.disk import write_synced
 from megadit.training.build import TOKENIZER_FILE
 from megadit.training.config import CONFIG_FILE, DTYPES, RunConfig, check_inputs
 

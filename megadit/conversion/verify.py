@@ -21,8 +21,8 @@ from megadit.checkpoint.source import (
     read_json,
 )
 from megadit.checkpoint.stream import Progress
-from megadit.checkpoint.tensor_file import Entry, read_header
 from megadit.conversion.weights import Bar
+from megadit.runtime.tensor_file import Entry, read_header
 
 
 @dataclass

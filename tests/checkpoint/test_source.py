@@ -20,7 +20,7 @@ from megadit.checkpoint.source import (
     open_source,
     tiling_fault,
 )
-from megadit.checkpoint.tensor_file import CODES, read_header
+from megadit.runtime.tensor_file import CODES, read_header
 from tests.ranks import run_ranks
 
 SHAPES = {"cube": (6, 4, 5), "matrix": (7, 8), "vector": (11,), "scalar": (), "empty": (0, 3), "experts": (4, 3, 6)}

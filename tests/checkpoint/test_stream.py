@@ -15,7 +15,7 @@ from megadit.checkpoint import load_tensors, read_manifest
 from megadit.checkpoint.folder import check_file, latest
 from megadit.checkpoint.source import open_source
 from megadit.checkpoint.stream import Outgoing, appearing, plan_files, write_checkpoint, write_folder
-from megadit.checkpoint.tensor_file import CODES, Spec, TensorFileWriter
+from megadit.runtime.tensor_file import CODES, Spec, TensorFileWriter
 from tests.ranks import heed_interrupts
 
 TENSORS = {
