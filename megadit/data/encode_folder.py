@@ -87,7 +87,9 @@ class EncodingFolder:
             raise ValueError(f"{path} is not of format {FORMAT}, the one that this version reads; encode anew")
         before, now = flat(content["settings"]), flat(json.loads(json.dumps(settings)))
         if before != now:
-            raise ValueError(f"{self.path} was begun with {_difference(before, now)}; ask for that, or choose another folder")
+            raise ValueError(
+                f"{self.path} was begun with {_difference(before, now)}; ask for that, or choose another folder"
+            )
         return [
             Contents(each["mark"], each["samples"], tuple(each["starts"]), tuple(each["repeats"]))
             for each in content["contents"]
@@ -137,7 +139,9 @@ class EncodingFolder:
             shards.append(_Shard(bucket, (channels, height, width), entry))
         record = _Record(tuple(shards), tuple(encoded.bad), encoded.cut)
         content = {"source": unit.file.name, "begin": unit.begin, "count": unit.count, **asdict(record)}
-        replace_file(self.path / UNITS_FOLDER / _record_name(unit.number), json.dumps(content, indent=1).encode() + b"\n")
+        replace_file(
+            self.path / UNITS_FOLDER / _record_name(unit.number), json.dumps(content, indent=1).encode() + b"\n"
+        )
 
     def _record(self, number: int) -> _Record | None:
         """None unless the unit is done."""
@@ -155,7 +159,9 @@ class EncodingFolder:
         for unit in units:
             record = self._record(unit.number)
             if record is None:
-                raise ValueError(f"{self.path}/{UNITS_FOLDER}/{_record_name(unit.number)} is gone or damaged; encode anew")
+                raise ValueError(
+                    f"{self.path}/{UNITS_FOLDER}/{_record_name(unit.number)} is gone or damaged; encode anew"
+                )
             yield record
 
     def finish(self, units: Sequence[Unit], told: Manifest, empty: Caption | None) -> None:
@@ -180,7 +186,8 @@ class EncodingFolder:
         if empty is not None:
             write_empty(self.path, empty)
         buckets = tuple(
-            manifest.Bucket(bucket.height, bucket.width, latent[bucket], tuple(shards[bucket])) for bucket in sorted(shards)
+            manifest.Bucket(bucket.height, bucket.width, latent[bucket], tuple(shards[bucket]))
+            for bucket in sorted(shards)
         )
         write_manifest(self.path, Manifest(**(vars(told) | {"buckets": buckets, "quarantined": len(bad)})))
 
@@ -196,7 +203,7 @@ class EncodingFolder:
             for shard in record.shards:
                 buckets[shard.bucket] += shard.entry.samples
                 captions += shard.entry.captions
-        by_reason = {reason: bad[reason] for reason in REASONS if bad[reason]}
+        by_reason: dict[str, int] = {reason: bad[reason] for reason in REASONS if bad[reason]}
         by_shape = {str(bucket): buckets[bucket] for bucket in sorted(buckets)}
         return Report(sum(buckets.values()), captions, by_shape, dict(cut), by_reason)
 
@@ -206,7 +213,9 @@ def _record_name(number: int) -> str:
 
 
 def _counted(bad: Sequence[Bad]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in Counter(each.reason for each in bad).most_common()) or "none"
+    return (
+        ", ".join(f"{count} {reason}" for reason, count in Counter(each.reason for each in bad).most_common()) or "none"
+    )
 
 
 def flat(settings: Any, name: str = "") -> dict[str, Any]:

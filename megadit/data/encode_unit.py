@@ -1,6 +1,6 @@
 """One unit of an encoding: its samples decoded in threads, encoded in batches of one bucket, and written as shards.
 
-A unit's bytes depend on its samples and on the settings alone: batches never mix units, and hold samples in their order.
+A unit's bytes depend on its samples and on the settings alone: batches never mix units, and hold samples in order.
 """
 
 from __future__ import annotations
@@ -105,7 +105,9 @@ class UnitEncoder:
         for bucket in sorted(waiting):
             flush(bucket)
         bad.sort(key=lambda each: each[0])
-        return EncodedUnit({bucket: encoded[bucket] for bucket in sorted(encoded)}, [each for _, each in bad], dict(cut))
+        return EncodedUnit(
+            {bucket: encoded[bucket] for bucket in sorted(encoded)}, [each for _, each in bad], dict(cut)
+        )
 
     def _prepared(self, samples: Iterable[Read]) -> Iterator[_Prepared | Bad]:
         """In order, and some ahead."""

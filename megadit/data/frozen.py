@@ -26,7 +26,7 @@ class ImageEncoder(Protocol):
 
 
 class States(Protocol):
-    """What a text encoder gives: states [B, L, C], a mask [B, L] that is True at tokens, perhaps pooled vectors [B, P]."""
+    """What a text encoder gives: states [B, L, C], a mask [B, L], True at tokens, and perhaps pooled vectors [B, P]."""
 
     @property
     def states_BLC(self) -> Tensor: ...

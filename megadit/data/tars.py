@@ -164,7 +164,7 @@ class _Headers:
             self.file.seek(self.offset)
             tar = tarfile.TarFile(fileobj=self.file)
             while (info := tar.next()) is not None:
-                tar.members.clear()  # it would remember them all
+                tar.members = []  # type: ignore[attr-defined]  # it would remember them all
                 yield info
                 self.offset = tar.offset
         # What tarfile raises on damaged headers.
