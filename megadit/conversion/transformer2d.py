@@ -112,7 +112,14 @@ def common_config(model: ECDiTConfig) -> dict[str, Any]:
 
 def common_faults(model: ECDiTConfig, wanted: Mapping[str, Any]) -> list[str]:
     """What of ours neither class can have, and what is not as `wanted`."""
-    wanted = {"kv_heads": model.heads, "qk_norm": False, "bias": True, "feedforward": "gelu", **wanted}
+    wanted = {
+        "kv_heads": model.heads,
+        "qk_norm": False,
+        "bias": True,
+        "feedforward": "gelu",
+        "positions": "sincos",
+        **wanted,
+    }
     faults = [
         f"model.{key}={getattr(model, key)!r}, where theirs has {value!r}"
         for key, value in wanted.items()

@@ -15,6 +15,7 @@ class ObjectiveConfig:
     logit_mean: float = 0.0
     logit_std: float = 1.0
     shift: float = 1.0
+    shift_tokens: int = 0  # images of so many tokens have shift, and sample.shift; others in proportion; 0: all alike
     caption_dropout: float = 0.1
 
 

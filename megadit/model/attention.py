@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megadit.model.config import ECDiTConfig
+from megadit.model.positions import rotate
 from megadit.parallel.placement import Placement, placed
 from megadit.parallel.tensor.linear import ColumnParallelLinear, RowParallelLinear
 from megadit.parallel.tensor.mappings import Region
@@ -43,10 +44,17 @@ class Attention(nn.Module):
     def _heads(self, x_BTF: Tensor) -> Tensor:
         return x_BTF.unflatten(2, (-1, self.head_width)).transpose(1, 2)
 
-    def attend(self, x_BTD: Tensor, context_BSX: Tensor, mask_B11S: Tensor | None) -> Tensor:
-        """Queries from x, keys and values from the context; both have entered the region."""
+    def attend(
+        self, x_BTD: Tensor, context_BSX: Tensor, mask_B11S: Tensor | None, rotary_2BHTK: Tensor | None = None
+    ) -> Tensor:
+        """Queries from x, keys and values from the context; both have entered the region.
+
+        rotary_2BHTK: what queries and keys are turned by, which then are of the same tokens.
+        """
         q_BHTK = self.q_norm(self._heads(self.q(x_BTD)))
         k_BHSK = self.k_norm(self._heads(self.k(context_BSX)))
+        if rotary_2BHTK is not None:
+            q_BHTK, k_BHSK = rotate(q_BHTK, rotary_2BHTK), rotate(k_BHSK, rotary_2BHTK)
         v_BHSK = self._heads(self.v(context_BSX))
         y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask_B11S, enable_gqa=True)
         return self.out(y_BHTK.transpose(1, 2).flatten(2))
@@ -58,9 +66,10 @@ class SelfAttention(Attention):
     def __init__(self, config: ECDiTConfig, region: Region) -> None:
         super().__init__(config, config.width, region)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotary_2BHTK: Tensor | None = None) -> Tensor:
+        """The rotary positions are those of all tokens: that is what is seen once x has entered the region."""
         entered_BTD = self.region.enter(x_BTD)
-        return self.attend(entered_BTD, entered_BTD, None)
+        return self.attend(entered_BTD, entered_BTD, None, rotary_2BHTK)
 
 
 class CrossAttention(Attention):

@@ -62,12 +62,17 @@ class Block(nn.Module):
         text_BLX: Tensor | None,
         text_mask_BL: Tensor | None,
         shared_BVD: Tensor | None = None,
+        rotary_2BHTK: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        """cond_BD and text_BLX have entered the region, a shared modulation the work between the layers."""
+        """cond_BD and text_BLX have entered the region, a shared modulation the work between the layers.
+
+        rotary_2BHTK: of all tokens, where positions are rotary.
+        """
         vectors = self.modulation(cond_BD if shared_BVD is None else shared_BVD)
         half = len(vectors) // 2
         (shift_1, scale_1, *gate_1), (shift_2, scale_2, *gate_2) = vectors[:half], vectors[half:]
-        x_BTD = x_BTD + gated(self.attention(modulate(normed(x_BTD, self.norm_eps[0]), shift_1, scale_1)), gate_1)
+        modulated_BTD = modulate(normed(x_BTD, self.norm_eps[0]), shift_1, scale_1)
+        x_BTD = x_BTD + gated(self.attention(modulated_BTD, rotary_2BHTK), gate_1)
         if self.cross_attention is not None:
             x_BTD = x_BTD + self.cross_attention(x_BTD, text_BLX, text_mask_BL)
         run = partial(recomputed, self._feed) if self.recompute_moe and torch.is_grad_enabled() else self._feed

@@ -52,6 +52,7 @@ class ECDiTConfig:
     channels: int = 8
     out_channels: int = 0  # of the output; 0: as channels
     patch: int = 2
+    positions: Literal["sincos", "rotary"] = "sincos"  # added to tokens; rotary: of queries and keys in self-attention
     position_interpolation: float = 1.0  # divides the coordinates of the positions
     time_frequency_shift: Literal[0, 1] = 0  # 1: the last of the time's frequencies is 1 / 10000, not a step above it
     attention_norm_eps: float = 1e-6  # of the norm before self-attention
@@ -81,6 +82,14 @@ class ECDiTConfig:
     def tokens(self) -> int:
         """Tokens of one square image of `image_size`."""
         return (self.image_size // self.patch) ** 2
+
+    def tokens_of(self, size: tuple[int, int]) -> int:
+        """Tokens of an image of (height, width)."""
+        return (size[0] // self.patch) * (size[1] // self.patch)
+
+    def position_scale(self, size: tuple[int, int]) -> float:
+        """What multiplies rows and columns of an image of (height, width): its longer edge spans `image_size`."""
+        return self.image_size / max(size) / self.position_interpolation
 
     @property
     def has_experts(self) -> bool:

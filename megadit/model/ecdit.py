@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from megadit.model.block import Block, recomputed
 from megadit.model.config import ECDiTConfig
 from megadit.model.embed import MODULATION_OUTPUTS, Embedding, Head
+from megadit.model.positions import rotary_positions
 from megadit.model.router import RouterStats
 from megadit.model.text import TextConfig, readable
 from megadit.parallel.grid import Group
@@ -92,6 +93,7 @@ class ECDiT(nn.Module):
         entered_BLX = None if text_BLX is None else enter(text_BLX, self.region.group)
         entered_BVD = None if shared_BVD is None else self.region.enter_between(shared_BVD)
         readable_BL = None if text_mask_BL is None else readable(text_mask_BL)
+        rotary_2BHTK = self._rotary(size, x_BTD) if self.config.positions == "rotary" else None
         stats: dict[int, RouterStats] = {}
         recompute = self.recompute == "block" and torch.is_grad_enabled()
         for layer, block in self.blocks.items():
@@ -101,7 +103,7 @@ class ECDiT(nn.Module):
             if block.embedder is not None:
                 own_BD = block.embedder(timesteps_B, labels_B, x_BTD.dtype)
                 layer_BD = enter(anchored(own_BD, cond_BD), self.region.group)
-            x_BTD, routing = run(x_BTD, layer_BD, entered_BLX, readable_BL, entered_BVD)
+            x_BTD, routing = run(x_BTD, layer_BD, entered_BLX, readable_BL, entered_BVD, rotary_2BHTK)
             if routing is not None:
                 stats[int(layer)] = routing.stats
             if routing is not None and routing.balance is not None:
@@ -111,6 +113,14 @@ class ECDiT(nn.Module):
             velocity_BCHW = self.head(x_BTD, head_BD, size)
             return velocity_BCHW if balance is None else (velocity_BCHW, balance), stats
         return tuple(part for part in (x_BTD, cond_BD, shared_BVD, text_BLX, balance) if part is not None), stats
+
+    def _rotary(self, size: tuple[int, int], x_BTD: Tensor) -> Tensor:
+        """[2, 1, 1, T, K], of all tokens of images of this size."""
+        config = self.config
+        rows, columns = size[0] // config.patch, size[1] // config.patch
+        scale = config.position_scale(size)
+        rotary_2TK = rotary_positions(rows, columns, config.head_width, scale, x_BTD.device, x_BTD.dtype)
+        return rotary_2TK[:, None, None]
 
     def take_stats(self, num_microbatches: int) -> dict[int, RouterStats]:
         """Means over the last so many training forwards, by global layer index; forgets them all."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megadit.model.config import ECDiTConfig
+from megadit.model.positions import sincos_positions
 from megadit.model.text import TextConfig, TextEncoder, TextProjection
 from megadit.parallel.placement import Placement, placed
 from megadit.parallel.tensor.linear import ColumnParallelLinear, ReplicatedLinear
@@ -29,24 +29,6 @@ def unpatchify(tokens_BTP: Tensor, patch: int, size: tuple[int, int]) -> Tensor:
     rows, columns = size[0] // patch, size[1] // patch
     x = tokens_BTP.unflatten(2, (-1, patch, patch)).unflatten(1, (rows, columns))
     return x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
-
-
-@lru_cache(maxsize=64)
-def sincos_positions(rows: int, columns: int, width: int, scale: float, device: torch.device) -> Tensor:
-    """Fixed 2-D positions [rows * columns, width] in float64: half of the features for the column, half for the row.
-
-    As in DiT (arXiv 2212.09748) after MAE; `scale` multiplies the coordinates, so that another resolution spans the
-    range that the model was trained on.
-    """
-    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64, device=device) / (width // 4))
-
-    def encode(count: int) -> Tensor:
-        angles = torch.outer(torch.arange(count, dtype=torch.float64, device=device) * scale, frequencies)
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-    by_row = encode(rows)[:, None, :].expand(rows, columns, -1)
-    by_column = encode(columns)[None, :, :].expand(rows, columns, -1)
-    return torch.cat([by_column, by_row], dim=2).flatten(0, 1)
 
 
 def time_features(timesteps_B: Tensor, frequency_shift: int = 0) -> Tensor:
@@ -127,12 +109,10 @@ class Embedding(nn.Module):
         text_pooled_BP: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """(x_BTD, cond_BD), shared_BVD where the modulation is shared, and text_BLX where there is text."""
-        patch, (height, width) = self.config.patch, image_BCHW.shape[-2:]
-        scale = self.config.image_size / max(height, width) / self.config.position_interpolation
-        positions_TD = sincos_positions(
-            height // patch, width // patch, self.config.width, scale, image_BCHW.device
-        ).to(image_BCHW.dtype)
-        x_BTD = self.region.split_tokens(self.patch(patchify(image_BCHW, patch)) + positions_TD)
+        x_BTD = self.patch(patchify(image_BCHW, self.config.patch))
+        if self.config.positions == "sincos":
+            x_BTD = x_BTD + self._positions(image_BCHW)
+        x_BTD = self.region.split_tokens(x_BTD)
         dtype = image_BCHW.dtype
         cond_BD = conditioning(self, timesteps_B, labels_B, dtype)
         if self.pooled_in is not None and self.pooled_out is not None:
@@ -145,6 +125,13 @@ class Embedding(nn.Module):
         elif self.text is not None:
             carry.append(self.text(text_ids_BL, text_mask_BL))
         return tuple(carry)
+
+    def _positions(self, image_BCHW: Tensor) -> Tensor:
+        """[T, D], of the images' tokens."""
+        config, (height, width) = self.config, image_BCHW.shape[-2:]
+        rows, columns = height // config.patch, width // config.patch
+        scale = config.position_scale((height, width))
+        return sincos_positions(rows, columns, config.width, scale, image_BCHW.device).to(image_BCHW.dtype)
 
 
 class Modulation(nn.Module):

@@ -407,7 +407,9 @@ class _Planning(_Shares):
         return pixels * (config.dtype.itemsize + exact) + images * exact + told
 
     def _positions(self, indices: Sequence[int]) -> int:
-        """The first stage's, in float64."""
+        """The first stage's, in float64; rotary ones every stage has, cosines and sines."""
+        if self.model.positions == "rotary":
+            return 2 * self.model.tokens * self.model.head_width * max(self.config.dtype.itemsize, 4)
         return 8 * self.model.tokens * self.model.width if 0 in indices else 0
 
     def _buffers(self, indices: Sequence[int]) -> int:

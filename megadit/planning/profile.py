@@ -165,7 +165,7 @@ class Profiler:
         carry = (image,) if first else carry_like(model, self.config.text, image, self.region)
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(lambda p: meter.claim("gradients", [p.grad]))
-        if first:
+        if first or model.positions == "rotary":
             with torch.no_grad():
                 stage(*carry, **keywords)  # makes the positions, which stay: no microbatch's cost
         with meter:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from megadit.data.batch import Batch
 from megadit.model.ecdit import carry_like
-from megadit.model.embed import sincos_positions
+from megadit.model.positions import rotary_positions, sincos_positions
 from megadit.model.weights import decays
 from megadit.parallel.grid import Grid, Layout
 from megadit.parallel.pipeline.schedule import Pipeline, Stage
@@ -147,7 +147,8 @@ def simulated(config: RunConfig, layout: Layout, rank: int) -> Iterator[tuple[Ru
     """
     grid = Grid(layout, rank)
     meter = Meter(grid, META)
-    sincos_positions.cache_clear()  # so that the meter sees them
+    for positions in (sincos_positions, rotary_positions):
+        positions.cache_clear()  # so that the meter sees them
     images = config.data.global_batch // layout.dp // num_microbatches(config, layout)
     shapes = carries(config, images, grid)
     with meter, fused_attention():

@@ -1,4 +1,4 @@
-"""One training at a time in a folder: the second waits for the first to end, however it ends."""
+"""One training, or one encoding, at a time in a folder: the second waits for the first to end, however it ends."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def hold(path: Path, patience_s: float) -> IO[str]:
             holder = file.read().strip() or "another process"
             if time.monotonic() >= deadline:
                 file.close()
-                raise ValueError(f"{path.parent} is in use by {holder}; stop that, or choose another run.dir") from None
+                raise ValueError(f"{path.parent} is in use by {holder}; stop that, or choose another folder") from None
             if not waiting:
                 logger.info("%s is in use by %s: waiting for it to end", path.parent, holder)
                 waiting = True
             time.sleep(0.5)
         except OSError as error:  # a file system without locks
-            logger.warning("%s: no lock (%s); take care that nothing else trains there", path.parent, error.strerror)
+            logger.warning("%s: no lock (%s); take care that nothing else works there", path.parent, error.strerror)
             break
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

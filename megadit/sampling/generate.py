@@ -27,7 +27,7 @@ class SampleConfig:
     sampler: Literal["euler", "heun"] = "heun"
     steps: int = 20
     guidance: float = 3.0  # 1: none
-    shift: float = 1.0  # more than 1 spends more steps near the noise
+    shift: float = 1.0  # more than 1 spends more steps near the noise; see objective.shift_tokens
 
 
 def generate(

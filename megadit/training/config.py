@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from megadit.data.loader import DataConfig
 from megadit.diffusion.objective import ObjectiveConfig
+from megadit.diffusion.timesteps import shift_of
 from megadit.model.config import PRESETS, ROUTING_PRESETS, ECDiTConfig
 from megadit.model.text import TextConfig
 from megadit.parallel.grid import Fallback, Layout, ParallelConfig
@@ -305,6 +306,11 @@ def patches_fit(config: RunConfig, world_size: int) -> Iterator[str]:
         yield f"model.patch={patch} does not divide model.image_size={size}; use {_join(allowed)}"
     if config.model.width % 4:
         yield f"model.width={config.model.width} is not a multiple of 4, which 2-D positions need"
+    if config.model.positions == "rotary" and config.model.head_width % 4:
+        yield (
+            f"model.head_width={config.model.head_width} is not a multiple of 4, which model.positions=rotary needs: "
+            "pairs of features for the row and for the column; change it, or use model.positions=sincos"
+        )
 
 
 def captions_fit(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -401,6 +407,12 @@ def images_per_group(config: RunConfig) -> int:
     return config.data.micro_batch if group == "batch" else group
 
 
+def sampling_of(config: RunConfig, settings: SampleConfig, size: tuple[int, int]) -> SampleConfig:
+    """What draws images of (height, width) with these settings: their shift is that of so many tokens."""
+    shift = shift_of(settings.shift, config.model.tokens_of(size), config.objective.shift_tokens)
+    return replace(settings, shift=shift)
+
+
 def num_microbatches(config: RunConfig, layout: Layout) -> int:
     """Forward passes of one rank in one optimizer step; by default one for each pipeline stage."""
     return config.data.global_batch // (layout.dp * config.data.micro_batch) if config.data.micro_batch else layout.pp
@@ -489,7 +501,7 @@ NOT_NEGATIVE = {
     ),
     "text": ("layers", "pooled"),
     "data": ("micro_batch",),
-    "objective": ("logit_std",),
+    "objective": ("logit_std", "shift_tokens"),
     "optim": ("lr", "weight_decay", "clip", "warmup"),
     "sample": ("guidance",),
     "checkpoint": ("keep", "keep_every"),

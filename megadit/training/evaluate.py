@@ -8,7 +8,7 @@ from torch import Tensor
 from megadit.diffusion.objective import velocity_loss
 from megadit.sampling.generate import generate
 from megadit.training.build import Run
-from megadit.training.config import images_per_group
+from megadit.training.config import images_per_group, sampling_of
 from megadit.training.step import prepare
 
 
@@ -38,7 +38,7 @@ def sample_pictures(run: Run) -> Tensor:
             run.inputs.condition,
             run.inputs.heldout.prompts(run.config.log.samples),
             run.image_shape,
-            run.config.sample,
+            sampling_of(run.config, run.config.sample, run.image_shape[1:]),
             run.config.run.seed,
             run.config.dtype,
             group=images_per_group(run.config),

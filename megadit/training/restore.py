@@ -19,7 +19,15 @@ from megadit.runtime.agreement import of_main
 from megadit.runtime.launch import Process
 from megadit.sampling.generate import SampleConfig, generate
 from megadit.training.build import TOKENIZER_FILE, build_pipeline, build_stages, named_parameters
-from megadit.training.config import CONFIG_FILE, RunConfig, check, check_inputs, images_per_group, load_config
+from megadit.training.config import (
+    CONFIG_FILE,
+    RunConfig,
+    check,
+    check_inputs,
+    images_per_group,
+    load_config,
+    sampling_of,
+)
 from megadit.training.state import logical_tensor
 
 
@@ -52,7 +60,7 @@ class Sampler:
             self.condition,
             prompts,
             self.image_shape,
-            settings,
+            sampling_of(self.config, settings, self.image_shape[1:]),
             seed,
             self.config.dtype,
             first_index,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megadit.data.batch import Batch
 from megadit.diffusion.objective import corrupt
-from megadit.diffusion.timesteps import logit_normal
+from megadit.diffusion.timesteps import logit_normal, shift_of
 from megadit.runtime.agreement import gathered
 from megadit.runtime.seed import stream
 from megadit.training.build import Run
@@ -94,12 +94,13 @@ def prepare(run: Run, batch: Batch, step: int, caption_dropout: float) -> tuple[
     config, device = run.config, run.process.device
     exact = torch.promote_types(config.dtype, torch.float32)  # bf16 would blur the times and the target
     draws = draw(config.run.seed, step, batch)
-    objective = config.objective
-    timesteps_B = logit_normal(draws.normal_B, objective.logit_mean, objective.logit_std, objective.shift)
+    objective, (height, width) = config.objective, batch.latents_BCHW.shape[2:]
+    shift = shift_of(objective.shift, config.model.tokens_of((height, width)), objective.shift_tokens)
+    timesteps_B = logit_normal(draws.normal_B, objective.logit_mean, objective.logit_std, shift)
     noisy_BCHW, target_BCHW = corrupt(batch.latents_BCHW, draws.noise_BCHW, timesteps_B)
     keywords: dict[str, object] = {
         "timesteps_B": timesteps_B.to(device, exact),
-        "size": tuple(batch.latents_BCHW.shape[2:]),
+        "size": (height, width),
     }
     dropped_B = draws.uniform_B < caption_dropout
     for key, told in batch.condition.items():

@@ -194,6 +194,7 @@ OURS_REFUSED = {
     "feedforward": "swiglu",
     "modulation": "gated",
     "embedders": "per_layer",
+    "positions": "rotary",
     "conditioning": "class",
     "time_frequency_shift": 1,
     "feedforward_norm_eps": 1e-5,

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megadit.diffusion.timesteps import logit_normal, sampling_times, shift_time
+from megadit.diffusion.timesteps import logit_normal, sampling_times, shift_of, shift_time
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
@@ -34,6 +34,23 @@ def test_shift_keeps_the_ends_and_moves_the_rest_towards_the_noise():
 def test_shift_is_equation_23():
     """sqrt(m / n) t / (1 + (sqrt(m / n) - 1) t): a square with four times the pixels, from t = 0.5."""
     assert shift_time(torch.tensor(0.5), math.sqrt(4)).item() == pytest.approx(2 / 3, rel=1e-7)
+
+
+@pytest.mark.parametrize(("tokens", "shift_tokens"), [(1024, 256), (64, 256), (96, 256), (256, 256)])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_shift_of_a_size_is_equation_23_after_the_shift_of_the_size_it_is_meant_for(shift, tokens, shift_tokens):
+    times = torch.linspace(0, 1, 11, dtype=torch.float64)
+    root, meant = math.sqrt(tokens / shift_tokens), shift_time(times, shift)
+    expected = root * meant / (1 + (root - 1) * meant)
+    found = shift_time(times, shift_of(shift, tokens, shift_tokens))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-15)
+
+
+def test_noise_that_is_averaged_over_more_pixels_is_as_strong():
+    """What equation 23 is derived from: the uncertainty t / (1 - t) x sqrt(1 / n) of a constant image is the same."""
+    time = torch.tensor(0.3, dtype=torch.float64)
+    other = shift_time(time, shift_of(1.0, 1024, 256))
+    assert (other / (1 - other) / math.sqrt(1024)).item() == pytest.approx((time / (1 - time) / 16).item(), rel=1e-14)
 
 
 @pytest.mark.parametrize("steps", [1, 7, 50])

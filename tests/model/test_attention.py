@@ -9,7 +9,13 @@ import torch
 from megadit.model.attention import CrossAttention, HeadNorm, SelfAttention
 
 
-def naive_attention(layer, config, x, context, mask):
+def turned(y, angles):
+    """Pairs of features of [B, T, H, K] as complex numbers, times units of the angles [T, K / 2]."""
+    unit = torch.complex(angles.cos(), angles.sin())[:, None]
+    return torch.view_as_real(torch.view_as_complex(y.unflatten(-1, (-1, 2)).contiguous()) * unit).flatten(-2)
+
+
+def naive_attention(layer, config, x, context, mask, angles=None):
     def heads(linear, source, norm):
         y = source @ linear.weight.T + (0 if linear.bias is None else linear.bias)
         y = y.unflatten(-1, (-1, config.head_width))
@@ -22,6 +28,8 @@ def naive_attention(layer, config, x, context, mask):
     group = config.heads // config.kv_heads
     key = torch.stack([heads(layer.k, context, layer.k_norm)[:, :, h // group] for h in range(config.heads)], 2)
     value = torch.stack([heads(layer.v, context, None)[:, :, h // group] for h in range(config.heads)], 2)
+    if angles is not None:
+        query, key = turned(query, angles), turned(key, angles)
     scores = torch.einsum("bthk,bshk->bhts", query, key) / math.sqrt(config.head_width)
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None, None, :], -torch.inf)
@@ -36,6 +44,16 @@ def test_self_attention_equals_a_softmax_written_out(config, region, filled, ran
     changed = replace(config, kv_heads=kv_heads, bias=bias, qk_norm=qk_norm)
     layer, x = filled(SelfAttention(changed, region)), randn(2, 9, 32)
     torch.testing.assert_close(layer(x), naive_attention(layer, changed, x, x, None), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_queries_and_keys_are_turned_after_their_norm_and_values_are_not(config, region, filled, randn, qk_norm):
+    changed = replace(config, qk_norm=qk_norm)
+    layer, x, angles = filled(SelfAttention(changed, region)), randn(2, 9, 32), randn(9, 3)
+    pairs = angles.repeat_interleave(2, dim=1)
+    found = layer(x, torch.stack([pairs.cos(), pairs.sin()])[:, None, None])
+    torch.testing.assert_close(found, naive_attention(layer, changed, x, x, None, angles), rtol=0, atol=1e-12)
+    assert not torch.allclose(found, layer(x))
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])

@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from megadit.model.block import Block
 from megadit.model.config import ECDiTConfig
 from megadit.model.ecdit import ECDiT
+from megadit.model.positions import rotary_positions
 from megadit.parallel.grid import Grid, Layout
 from megadit.parallel.init import Normal, initialise
 from megadit.parallel.tensor.mappings import CutTokens, ReplicatedTokens
@@ -73,12 +74,14 @@ def compile_block(config, region, grid, filled):
     """A function that checks a compiled block under a backend."""
 
     def check(layer, backend, recompute_moe=False, **changes):
-        config_of = replace(config, **{"modulation": "gated", **changes})
+        config_of = replace(config, **{"modulation": "gated", "head_width": 4, **changes})
         block = filled(Block(config_of, 16, layer, region, grid["ep"], recompute_moe))
         counter = CompileCounterWithBackend(backend)
 
         def run(block, x, cond, caption, shared):
-            return block(x, cond, caption, IDS != 0, shared if config_of.modulation == "shared" else None)
+            rotary = rotary_positions(4, 4, 4, 1.0, x.device, x.dtype)[:, None, None]
+            shared = shared if config_of.modulation == "shared" else None
+            return block(x, cond, caption, IDS != 0, shared, rotary if config_of.positions == "rotary" else None)
 
         compiled = torch.compile(block, backend=counter, fullgraph=True, dynamic=False)
         assert_compiles_once(partial(run, compiled), partial(run, block), block, counter, block_inputs)
@@ -92,6 +95,7 @@ BLOCKS = {
     "nucleus_like_pairs": (1, NUCLEUS_LIKE | {"routing_group": 2}),
     "capacity": (1, TOKEN_CHOICE | {"balance_counts": "first"}),
     "adaln_single": (0, {"modulation": "shared"}),
+    "rotary": (1, {"positions": "rotary"}),
     "biased_experts": (1, {"modulation": "shared", "bias": True}),
 }
 

@@ -22,6 +22,7 @@ MODELS = {
     "balanced_classes": (BALANCED | CLASSES, [X, COND, BALANCE]),
     "adaln_single": ({"modulation": "shared", "router_input": "timestep"}, [X, COND, SHARED, TEXT]),
     "balanced_adaln_single": ({"modulation": "shared"} | BALANCED | CLASSES, [X, COND, SHARED, BALANCE]),
+    "rotary": ({"positions": "rotary", "head_width": 8}, [X, COND, TEXT]),
     "per_layer": ({"embedders": "per_layer"} | CLASSES, [X, COND]),
     "per_layer_of_text": ({"embedders": "per_layer"}, [X, COND, TEXT]),
     "states": ({"text": TextConfig(kind="precomputed", channels=10, width=16), "bias": True}, [X, COND, TEXT]),
@@ -234,3 +235,25 @@ def test_padding_is_not_read_but_by_a_caption_without_a_token(build, inputs, mod
     assert empty.isfinite().all() and (empty[1] - velocity[1]).abs().max() > 1e-3
     assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
     torch.testing.assert_close(empty[0], velocity[0], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("positions", ["sincos", "rotary"])
+def test_positions_tell_tokens_apart(build, inputs, randn, positions):
+    """An image whose patches are all of one colour, in other places: else its velocity would move along."""
+    _, keywords = inputs
+    network = build(range(4), positions=positions, head_width=8, experts=0)
+    image = randn(2, 3, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    def mean_of_patches(image):
+        return torch.nn.functional.avg_pool2d(network(image, **keywords), 2)
+
+    assert (mean_of_patches(image.flip(2, 3)) - mean_of_patches(image).flip(2, 3)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("positions", ["sincos", "rotary"])
+def test_rotary_positions_are_not_added(build, inputs, positions):
+    image, keywords = inputs
+    stage = build(range(1), positions=positions, head_width=8)
+    told = [keywords[key] for key in ("timesteps_B", "text_ids_BL", "text_mask_BL", "labels_B")]
+    tokens = stage.embed(torch.ones_like(image), *told)[0]
+    assert torch.allclose(tokens, tokens[:, :1].expand_as(tokens), atol=1e-13) == (positions == "rotary")

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megadit.model.embed import Embedding, Head, patchify, sincos_positions, time_features, unpatchify
+from megadit.model.embed import Embedding, Head, patchify, time_features, unpatchify
+from megadit.model.positions import sincos_positions
 from megadit.model.text import TextConfig
 
 CPU = torch.device("cpu")
@@ -31,26 +32,6 @@ def test_patches_are_cut_row_by_row(randn, size):
 def test_unpatchify_is_the_inverse(randn, size, patch):
     image = randn(2, 3, *size)
     assert torch.equal(unpatchify(patchify(image, patch), patch, size), image)
-
-
-@pytest.mark.parametrize(("rows", "columns", "scale"), [(3, 5, 1.0), (5, 3, 0.5), (1, 4, 2.0)])
-def test_positions_encode_column_then_row(rows, columns, scale):
-    positions = sincos_positions(rows, columns, 16, scale, CPU)
-    assert positions.shape == (rows * columns, 16) and positions.dtype == torch.float64
-    for row in range(rows):
-        for column in range(columns):
-            expected = []
-            for coordinate in (column * scale, row * scale):
-                angles = [coordinate / 10000 ** (i / 4) for i in range(4)]
-                expected += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
-            assert positions[row * columns + column].tolist() == pytest.approx(expected, abs=1e-14)
-
-
-@pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_positions_agree_with_diffusers(scale):
-    reference = pytest.importorskip("diffusers.models.embeddings", reason="diffusers is the reference")
-    theirs = reference.get_2d_sincos_pos_embed(48, 6, base_size=6, interpolation_scale=1 / scale, output_type="pt")
-    torch.testing.assert_close(sincos_positions(6, 6, 48, scale, CPU), theirs, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("shift", [0, 1])

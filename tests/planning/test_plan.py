@@ -74,7 +74,11 @@ def test_a_cluster_of_512_gpus_has_room_for_97_billion_parameters():
 
 # Captions of a frozen encoder, with a pooled vector and none.
 FROZEN_TEXT = ("text.kind=t5+clip", "text.channels=40", "text.pooled=24", "text.length=11")
-NETWORKS = {"states": ("text.kind=precomputed", "text.channels=24"), "pooled": FROZEN_TEXT}
+NETWORKS = {
+    "states": ("text.kind=precomputed", "text.channels=24"),
+    "pooled": FROZEN_TEXT,
+    "rotary": ("model.positions=rotary",),
+}
 NETWORK_LAYOUTS = {
     "one": (1, ()),
     "tensor_pipeline": (4, ("parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true")),

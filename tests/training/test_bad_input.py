@@ -194,6 +194,11 @@ CASES = {
     ),
     "heads": (1, ["model.kv_heads=3"], ["model.kv_heads=3 does not divide model.heads=4; use 1, 2 or 4"]),
     "patch": (1, ["model.patch=3"], ["model.patch=3 does not divide model.image_size=8; use 1, 2, 4 or 8"]),
+    "heads that cannot turn": (
+        1,
+        ["model.positions=rotary", "model.head_width=6"],
+        ["model.head_width=6 is not a multiple of 4", "model.positions=sincos"],
+    ),
     "precision": (1, ["zero.stage=1"], ["zero.stage=1 keeps float32 masters", "zero.stage=0"]),
     "image size": (
         1,

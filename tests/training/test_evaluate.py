@@ -49,6 +49,14 @@ def by_hand(rank, world_size, overrides):
     return heldout_loss(run), sum(losses) / len(losses), len(losses), filling
 
 
+def test_pictures_along_the_way_are_shifted_as_training_is():
+    """16 tokens are four times as many as the shift is meant for."""
+    few, same = ["sample.steps=2", "log.samples=2"], "objective.shift=2"
+    settings = (["objective.shift_tokens=4", "sample.shift=1.5"], [same, "sample.shift=3"], [same, "sample.shift=1.5"])
+    shifted, by_hand, plain = (run_ranks(pictures_of, 1, [*few, *overrides])[0] for overrides in settings)
+    assert (shifted == by_hand).all() and (shifted != plain).any()
+
+
 def perturbed(rank, world_size):
     """The held-out loss and pictures as they are, with other raw weights, and with other averages."""
     run = trained(rank, world_size, ["sample.steps=1", "log.samples=2"])

@@ -1,7 +1,10 @@
 """What is random about a sample is its own, a dropped caption is the empty one, and a step reports itself."""
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 
@@ -12,9 +15,9 @@ from tests.ranks import run_ranks
 from tests.training.assembled import assembled, make_step
 
 
-def batch_of(ids):
+def batch_of(ids, size=(8, 8)):
     """A batch of which only the sample ids and the image's shape matter."""
-    return Batch(torch.tensor(ids), torch.zeros(len(ids), 1, 8, 8), {"labels_B": torch.zeros(len(ids))})
+    return Batch(torch.tensor(ids), torch.zeros(len(ids), 1, *size), {"labels_B": torch.zeros(len(ids))})
 
 
 def drawn(seed, step, ids):
@@ -78,6 +81,23 @@ def test_a_dropped_caption_or_class_is_replaced_by_nothing(dropout, conditioning
         assert (shown[~dropped] == given[~dropped]).all()
         assert (shown[dropped] == nothing).all()
         assert (given != nothing).any(), "shows nothing"
+
+
+def times_of(rank, world_size, size, overrides):
+    """The times of a batch of images of this size, and the normal numbers that they are made of."""
+    run, batch = assembled(rank, world_size, *overrides), batch_of([3, 7, 11], size)
+    run = replace(run, inputs=replace(run.inputs, condition=SimpleNamespace(nothing={"labels_B": torch.zeros(1)})))
+    keywords = prepare(run, batch, 1, 0.0)[2]
+    assert keywords["size"] == size
+    return keywords["timesteps_B"].numpy(), draw(run.config.run.seed, 1, batch).normal_B.numpy()
+
+
+@pytest.mark.parametrize(("shift_tokens", "size", "shift"), [(0, (16, 4), 3.0), (4, (8, 8), 6.0), (64, (16, 4), 1.5)])
+def test_times_shift_with_the_number_of_tokens(shift_tokens, size, shift):
+    overrides = [f"objective.shift_tokens={shift_tokens}", "objective.shift=3"]
+    ((times, normal),) = run_ranks(times_of, 1, size, overrides)
+    odds = shift * numpy.exp(normal)
+    assert times == pytest.approx(odds / (1 + odds), rel=1e-12)
 
 
 def one_step(rank, world_size, overrides):

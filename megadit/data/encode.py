@@ -1,0 +1,255 @@
+"""Images and captions to shards, on any number of ranks; a kill at any moment loses units that are not done, no more.
+
+Each rank encodes every world-size-th unit of those that are left; whoever does a unit, and whenever, it has the same
+bytes. Between the beginning and the end ranks share nothing but a few counts in the store that they met in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any, Protocol, TypeVar
+
+import torch.distributed as dist
+
+from megadit.data.encode_folder import EncodingFolder, Report
+from megadit.data.encode_unit import EncodeConfig, UnitEncoder
+from megadit.data.frozen import Frozen
+from megadit.data.images import bytes_limit
+from megadit.data.manifest import Manifest
+from megadit.data.shards import Caption
+from megadit.data.sources import Readers, SourceFile, Unit, find, units
+from megadit.data.units import Contents
+from megadit.runtime.agreement import gathered, of_main, together
+from megadit.runtime.launch import Process
+from megadit.runtime.lock import hold
+
+SILENCE_S = 3600.0  # without an image of any rank, at the end: one has died
+LOOK_S = 0.5  # between looks at what other ranks left in the store
+Made = TypeVar("Made")
+
+
+class Stops(Protocol):
+    """What the encoding needs of `megadit.runtime.stopping.StopRequests`."""
+
+    def begin(self) -> object:
+        """From now on there is something to keep."""
+
+    @property
+    def reason(self) -> str | None:
+        """Why this process should stop, or None."""
+
+
+class Stopped(Exception):
+    """Asked to stop. What is done is kept."""
+
+
+class Lost(Exception):
+    """Another rank does not go on."""
+
+
+class Tally:
+    """What ranks tell one another while they work: images that are done, who is through, and that all should stop."""
+
+    def __init__(self, process: Process, stops: Stops) -> None:
+        self.process, self.stops = process, stops
+        self._store = process.meeting.connect()
+        self._looked = 0.0
+
+    def add(self, images: int) -> None:
+        """So many more are done. Raises Stopped when this or another rank was asked to stop."""
+        self._store.add("encode/images", images)
+        self.heed()
+
+    def images(self) -> int:
+        """Done by all ranks, since this start."""
+        return self._store.add("encode/images", 0)
+
+    def heed(self) -> None:
+        """Raises Stopped when this or another rank was asked to stop."""
+        why = self.stops.reason
+        if why is not None:
+            self.stop_others(why)
+        elif time.monotonic() - self._looked > LOOK_S:
+            self._looked = time.monotonic()
+            if self._store.check(["encode/stop"]):
+                why = self._store.get("encode/stop").decode()
+        if why is not None:
+            raise Stopped(why)
+
+    def stop_others(self, why: str) -> None:
+        """Have the other ranks raise Stopped soon, for what happened here."""
+        if not self._store.check(["encode/stop"]):
+            self._store.set("encode/stop", why)
+
+    def wait_for_all(self, show: Callable[[], object]) -> None:
+        """Until every rank is here. A collective would give up on ranks that have hours more to do.
+
+        Raises Stopped, and Lost when nothing happens for an hour.
+        """
+        self._store.add("encode/through", 1)
+        before, changed = -1, time.monotonic()
+        while self._store.add("encode/through", 0) < self.process.world_size:
+            self.heed()
+            show()
+            images = self.images()
+            if images != before:
+                before, changed = images, time.monotonic()
+            elif time.monotonic() - changed > SILENCE_S:
+                raise Lost(f"no image for {SILENCE_S:.0f} seconds, and not every rank is through")
+            time.sleep(LOOK_S / 5)
+
+
+def encode(
+    process: Process,
+    sources: Sequence[str | Path],
+    out: Path,
+    config: EncodeConfig,
+    frozen: Frozen,
+    stops: Stops,
+    show: Callable[[int, int, int], object],
+    threads: int = 4,
+    patience_s: float = 600.0,
+) -> Report:
+    """Make the data set `out`, or go on making it. Collective; the report is the same on every rank.
+
+    `stops`: is begun when there is something to keep. `show(done, total, before)`: called on rank 0 now and then with
+    the samples that are done on all ranks, those there are, and those that were done when it started. `patience_s`: for
+    another encoding in the folder to end. Raises ValueError for a user's mistake, the same on every rank, Stopped,
+    Lost, and OSError.
+    """
+    folder = EncodingFolder(out)
+    files: list[SourceFile] = of_main(lambda: find(sources))
+    readers = Readers(config.columns, bytes_limit(config.max_pixels))
+    settings = of_main(lambda: _settings(files, readers, config, frozen))
+    of_main(lambda: folder.begun(settings))  # refused before anything is written
+    with contextlib.closing(_Lock(out, patience_s)):
+        contents = of_main(lambda: folder.begun(settings))
+        if contents is None:
+            contents = index(process, files, readers, config.unit)
+            begun = contents
+            if not any(content.samples for content in contents):
+                raise ValueError(f"no samples in {', '.join(map(str, sources))}")
+            of_main(lambda: disk(lambda: folder.begin(settings, begun)))
+        todo = units(files, contents, config.unit)
+        if not of_main(lambda: folder.finished):
+            _encode_all(process, folder, todo, readers, config, frozen, stops, show, threads)
+            told, empty = _manifest(config, frozen), _empty(frozen, config)
+            of_main(lambda: disk(lambda: folder.finish(todo, told, empty)))
+            if process.is_main:
+                (out / "lock").unlink(missing_ok=True)
+        return of_main(lambda: folder.report(todo))
+
+
+def _encode_all(
+    process: Process,
+    folder: EncodingFolder,
+    todo: Sequence[Unit],
+    readers: Readers,
+    config: EncodeConfig,
+    frozen: Frozen,
+    stops: Stops,
+    show: Callable[[int, int, int], object],
+    threads: int,
+) -> None:
+    """Encode the units that are left, this rank's share of them, and wait for the others."""
+    done: set[int] = of_main(lambda: disk(lambda: folder.clear(todo)))
+    remaining = [unit for unit in todo if unit.number not in done]
+    total = sum(unit.count for unit in todo)
+    before = total - sum(unit.count for unit in remaining)
+    tally = Tally(process, stops)
+    dist.barrier()  # whoever counts from here on counts in the same store
+
+    def look() -> None:
+        if process.is_main:
+            show(before + tally.images(), total, before)
+
+    def tick(images: int) -> None:
+        tally.add(images)
+        look()
+
+    look()
+    stops.begin()
+    try:
+        with UnitEncoder(frozen, config, process.device, threads) as encoder:
+            for unit in remaining[process.rank :: process.world_size]:
+                tally.heed()
+                folder.commit(unit, encoder.encode(readers.read(unit), tick))
+    except Exception as error:
+        tally.stop_others(f"process {process.rank}: {error}")
+        raise
+    tally.wait_for_all(look)
+    look()
+
+
+def index(process: Process, files: Sequence[SourceFile], readers: Readers, unit: int) -> list[Contents]:
+    """What is in each file, each looked at by one rank. Collective. Raises ValueError."""
+    own: dict[int, Contents] = {}
+    with together():
+        for number in range(process.rank, len(files), process.world_size):
+            own[number] = readers.index(files[number], unit)
+    found = {number: content for part in gathered(own) for number, content in part.items()}
+    return [found[number] for number in range(len(files))]
+
+
+def disk(make: Callable[[], Made]) -> Made:
+    """What `make` gives; a disk that fails is a ValueError, which `of_main` passes on."""
+    try:
+        return make()
+    except OSError as error:
+        raise ValueError(f"{error.filename or 'the disk'}: {error.strerror}") from error
+
+
+class _Lock:
+    """Rank 0 alone works in the folder, as far as its ranks do. Collective."""
+
+    def __init__(self, out: Path, patience_s: float) -> None:
+        self._file: IO[str] | None = None
+
+        def take() -> None:
+            out.mkdir(parents=True, exist_ok=True)
+            self._file = hold(out / "lock", patience_s)
+
+        of_main(lambda: disk(take))
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _settings(files: Sequence[SourceFile], readers: Readers, config: EncodeConfig, frozen: Frozen) -> dict[str, Any]:
+    """All that the data set's bytes depend on, as JSON."""
+    simple = {name: value for name, value in asdict(config).items() if name not in ("rule", "dtype", "computed")}
+    return {
+        **simple,
+        "dtype": name_of(config.dtype),
+        "computed in": name_of(config.computed),
+        "buckets": asdict(config.rule),
+        "autoencoder": frozen.autoencoder.identity or "pixels",
+        "text": [encoder.identity for encoder in frozen.text],
+        "source": {file.name: f"{file.kind}, {readers.mark(file)}" for file in files},
+    }
+
+
+def name_of(dtype: Any) -> str:
+    """Such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _manifest(config: EncodeConfig, frozen: Frozen) -> Manifest:
+    return Manifest(
+        dtype=name_of(config.dtype),
+        autoencoder=frozen.autoencoder.identity or None,
+        latents=config.latents,
+        text_kind=frozen.text_kind,
+        text=tuple(encoder.identity for encoder in frozen.text),
+        buckets=(),
+        resolutions=asdict(config.rule),
+    )
+
+
+def _empty(frozen: Frozen, config: EncodeConfig) -> Caption | None:
+    return frozen.captions([""], [1.0], config.dtype)[0] if frozen.text else None
