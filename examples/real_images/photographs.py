@@ -15,6 +15,7 @@ import json
 import random
 import tarfile
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from PIL import Image
@@ -88,17 +89,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    tar: tarfile.TarFile | None = None
-    for i, (key, jpeg, told) in enumerate(tqdm(crops(args.crops, args.seed), total=args.crops, desc="crops")):
-        if i % args.per_tar == 0:
-            if tar is not None:
-                tar.close()
-            tar = tarfile.open(args.out / f"{i // args.per_tar:05d}.tar", "w")
-        assert tar is not None
-        add(tar, f"{key}.jpg", jpeg)
-        add(tar, f"{key}.json", json.dumps(told).encode())
-    if tar is not None:
-        tar.close()
+    made = iter(tqdm(crops(args.crops, args.seed), total=args.crops, desc="crops"))
+    for number in range(-(-args.crops // args.per_tar)):
+        with tarfile.open(args.out / f"{number:05d}.tar", "w") as tar:
+            for key, jpeg, told in islice(made, args.per_tar):
+                add(tar, f"{key}.jpg", jpeg)
+                add(tar, f"{key}.json", json.dumps(told).encode())
 
 
 if __name__ == "__main__":

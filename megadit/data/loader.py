@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
@@ -21,7 +21,16 @@ class DataConfig:
     """The data set, the samples of one optimizer step over all ranks, and those of one forward pass on one rank."""
 
     kind: Literal["digits", "arrays", "shards"] = "digits"
-    path: str = ""  # arrays: the .npz file
+    path: str = ""  # arrays: the .npz file; shards: the folder of an encoded data set
+    # shards, in place of `path`: several folders, and how often each is drawn, in any unit.
+    sets: dict[str, float] = field(default_factory=dict)
+    heldout: int = 100  # shards: one sample in so many is held out; 0: none
+    small_buckets: Literal["error", "drop"] = "error"  # shards: what becomes of a bucket that fills no batch
+    verify: bool = False  # shards: read all and compare checksums before the first step
+    autoencoder: str = ""  # shards: what the latents must be of, and pictures are decoded with; empty: what they are of
+    autoencoder_revision: str = ""
+    threads: int = 2  # shards: that read, on each rank
+    ahead: int = 4  # shards: steps that are read in advance
     global_batch: int = 256
     micro_batch: int = 0  # 0: as large as there are pipeline stages to fill, one microbatch each
 
@@ -49,7 +58,8 @@ class Dataset(Protocol):
 
 
 def open_dataset(config: DataConfig, split: str, conditioning: Conditioning = "text") -> Dataset:
-    """The "train" or "heldout" split. Raises ValueError naming the file when it cannot be read."""
+    """The "train" or "heldout" split of what is held in memory. Raises ValueError naming a file that cannot be read."""
+    assert config.kind != "shards", "those are read by a loader of their own"
     if config.kind == "arrays":
         return Arrays(split, config.path, conditioning)
     return Digits(split, conditioning)

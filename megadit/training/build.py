@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from megadit import checkpoint
 from megadit.checkpoint.source import locate
+from megadit.data.encoded import EncodedLoader
 from megadit.data.loader import Dataset, Loader, open_dataset
+from megadit.data.mixture import Mixture
+from megadit.data.stored import StoredCaptions, largest
 from megadit.diffusion.objective import velocity_loss
 from megadit.encoders.condition import Captions, Condition, Labels
 from megadit.encoders.tokenizer import Tokenizer
@@ -27,6 +30,7 @@ from megadit.parallel.tensor.mappings import CutTokens, Region, ReplicatedTokens
 from megadit.runtime.launch import Process
 from megadit.training.config import RunConfig, check_inputs, images_per_group, num_microbatches
 from megadit.training.ema import Ema
+from megadit.training.encoded import open_mixture
 from megadit.zero import Engine, create_engine
 
 logger = logging.getLogger("megadit")
@@ -36,11 +40,26 @@ TOKENIZER_FILE = "tokenizer.model"
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads before it starts: both splits, and what makes the network's input of their captions."""
+    """What a run reads before it starts: both splits, and what makes the network's input of their captions.
 
-    train: Dataset
-    heldout: Dataset
+    Encoded data sets have both splits in one.
+    """
+
+    train: Dataset | Mixture
+    heldout: Dataset | Mixture
     condition: Condition
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the pictures along the way."""
+        return largest(self.train).latent if isinstance(self.train, Mixture) else self.train.image_shape
+
+    def prompts(self, count: int) -> list[str]:
+        """Of the pictures along the way, held out where any are."""
+        if not isinstance(self.heldout, Mixture):
+            return self.heldout.prompts(count)
+        told = len(self.condition) if isinstance(self.condition, StoredCaptions) else self.heldout.wanted.classes
+        return [str(i % told) for i in range(count)]
 
 
 @dataclass(frozen=True)
@@ -56,8 +75,8 @@ class Run:
     ema: Ema
     saver: checkpoint.Saver
     inputs: Inputs
-    loader: Loader
-    heldout_loader: Loader
+    loader: Loader | EncodedLoader
+    heldout_loader: Loader | EncodedLoader
 
     @property
     def named(self) -> list[tuple[str, nn.Parameter]]:
@@ -67,7 +86,7 @@ class Run:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width)."""
-        return self.inputs.train.image_shape
+        return self.inputs.image_shape
 
 
 def named_parameters(stages: Sequence[ECDiT]) -> list[tuple[str, nn.Parameter]]:
@@ -82,6 +101,10 @@ def read_inputs(config: RunConfig) -> Inputs:
     """
     check_inputs(config)
     model = config.model
+    if config.data.kind == "shards":
+        mixture = open_mixture(config)
+        by_class = model.conditioning == "class"
+        return Inputs(mixture, mixture, Labels(model.classes) if by_class else StoredCaptions(mixture))
     train, heldout = (open_dataset(config.data, split, model.conditioning) for split in ("train", "heldout"))
     source = config.data.path or f"data.kind={config.data.kind}"
     wanted = (model.channels, model.image_size, model.image_size)
@@ -239,15 +262,11 @@ def assemble_run(
     initialise(named, grid, config.run.seed, start_of)
     engine = create_engine(config.zero.stage, named, grid, config.optim, decays)
 
-    def loader(dataset: Dataset) -> Loader:
-        return Loader(
-            dataset,
-            inputs.condition,
-            config.run.seed,
-            config.data.global_batch,
-            grid["dp"].rank,
-            grid["dp"].size,
-        )
+    def loader(dataset: Dataset | Mixture) -> Loader | EncodedLoader:
+        seed, data, rank, size = config.run.seed, config.data, grid["dp"].rank, grid["dp"].size
+        if isinstance(dataset, Mixture):
+            return EncodedLoader(dataset, seed, rank, size, data.threads, data.ahead)
+        return Loader(dataset, inputs.condition, seed, data.global_batch, rank, size)
 
     return Run(
         config=config,

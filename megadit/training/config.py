@@ -399,6 +399,25 @@ def pooled_has_a_source(config: RunConfig, world_size: int) -> Iterator[str]:
         )
 
 
+def data_is_named(config: RunConfig, world_size: int) -> Iterator[str]:
+    data = config.data
+    if data.kind != "shards":
+        if data.sets:
+            yield f"data.sets names encoded data sets, which data.kind={data.kind} does not read; use data.kind=shards"
+        return
+    if bool(data.path) == bool(data.sets):
+        yield "data.kind=shards reads one data set, data.path, or several with weights, data.sets; set one of the two"
+    if data.heldout == 1:
+        yield "data.heldout=1 holds every sample out; use 2 or more, or 0 for none"
+    if not data.heldout and config.log.evaluate_every:
+        yield "data.heldout=0 leaves nothing to evaluate; use log.evaluate_every=0, or hold samples out"
+    if config.model.conditioning == "text" and not config.text.is_frozen:
+        yield (
+            "text.kind=builtin reads text, and data.kind=shards has states of frozen encoders; use text.kind=t5, clip, "
+            "t5+clip, or precomputed for whatever they are of"
+        )
+
+
 def images_per_group(config: RunConfig) -> int:
     """Images whose tokens are routed together: consecutive ones of a microbatch."""
     group = config.model.routing_group
@@ -479,7 +498,7 @@ POSITIVE = {
               "attention_norm_eps", "feedforward_norm_eps"),
     "text": ("vocabulary", "width", "heads", "channels"),
     "parallel": ("tensor", "pipeline", "expert", "stages_per_rank"),
-    "data": ("global_batch",),
+    "data": ("global_batch", "threads"),
     "objective": ("shift",),
     "optim": ("eps",),
     "sample": ("steps", "shift"),
@@ -500,7 +519,7 @@ NOT_NEGATIVE = {
         "out_channels",
     ),
     "text": ("layers", "pooled"),
-    "data": ("micro_batch",),
+    "data": ("micro_batch", "heldout", "ahead"),
     "objective": ("logit_std", "shift_tokens"),
     "optim": ("lr", "weight_decay", "clip", "warmup"),
     "sample": ("guidance",),
@@ -558,6 +577,7 @@ RULES: tuple[tuple[Rule, ...], ...] = (
         routing_makes_sense,
         conditioning_is_given,
         pooled_has_a_source,
+        data_is_named,
         zero_keeps_precision,
         spikes_leave_a_way_back,
     ),

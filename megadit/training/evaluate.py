@@ -36,7 +36,7 @@ def sample_pictures(run: Run) -> Tensor:
         return generate(
             run.pipeline,
             run.inputs.condition,
-            run.inputs.heldout.prompts(run.config.log.samples),
+            run.inputs.prompts(run.config.log.samples),
             run.image_shape,
             sampling_of(run.config, run.config.sample, run.image_shape[1:]),
             run.config.run.seed,

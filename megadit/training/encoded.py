@@ -1,0 +1,66 @@
+"""Encoded data sets as a run's configuration asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megadit.data.manifest import MANIFEST_FILE
+from megadit.data.mixture import Mixture, Wanted, check_encoders, open_sources
+from megadit.training.config import RunConfig, check_sizes
+
+
+def open_mixture(config: RunConfig) -> Mixture:
+    """The data sets of `data.path` or `data.sets`. Raises ValueError naming the folder or key at fault."""
+    data, text, model = config.data, config.text, config.model
+    folders = data.sets or {data.path: 1.0}
+    sources = open_sources(list(folders), data.verify)
+    by_class = model.conditioning == "class"
+    if not by_class and text.kind != "precomputed":
+        check_encoders(sources, list(asked_encoders(config)))
+    if data.autoencoder:
+        asked = {"name": data.autoencoder, "revision": data.autoencoder_revision}
+        made = [source.manifest.text for source in sources]
+        check_encoders(sources, made[0], {key: value for key, value in asked.items() if value})
+    mixture = Mixture(
+        sources,
+        Wanted(
+            data.global_batch,
+            length=0 if by_class else text.length,
+            classes=model.classes if by_class else 0,
+            weights=list(data.sets.values()),
+            heldout=data.heldout,
+            small_buckets=data.small_buckets,
+            too_long=text.too_long,
+        ),
+    )
+    faults = list(misfits(config, mixture))
+    if faults:
+        raise ValueError("; ".join(faults))
+    check_sizes(config, [bucket.latent[1:] for bucket in mixture.buckets])
+    return mixture
+
+
+def asked_encoders(config: RunConfig) -> Iterator[Mapping[str, Any]]:
+    """What section text says of each text encoder."""
+    text = config.text
+    named = {"t5": (text.t5, text.t5_revision), "clip": (text.clip, text.clip_revision)}
+    for kind in text.kind.split("+"):
+        name, revision = named[kind]
+        asked = {"kind": kind, "name": name, "revision": revision}
+        yield {key: value for key, value in asked.items() if value}
+
+
+def misfits(config: RunConfig, mixture: Mixture) -> Iterator[str]:
+    """How the network that is configured does not fit the data."""
+    model, text = config.model, config.text
+    where = " and ".join(f"{source.folder / MANIFEST_FILE}" for source in mixture.sources)
+    channels = mixture.buckets[0].latent[0]
+    if channels != model.channels:
+        yield f"{where}: latents have {channels} channels; set model.channels={channels}"
+    if model.conditioning == "text":
+        if mixture.text_channels != text.channels:
+            yield f"{where}: text states are {mixture.text_channels} wide; set text.channels={mixture.text_channels}"
+        if text.pooled not in (0, mixture.pooled_channels):
+            pooled = mixture.pooled_channels
+            yield f"{where}: pooled vectors are {pooled} wide, 0 is none; set text.pooled={pooled}"
