@@ -19,9 +19,8 @@ def open_mixture(config: RunConfig) -> Mixture:
     if not by_class and text.kind != "precomputed":
         check_encoders(sources, list(asked_encoders(config)))
     if data.autoencoder:
-        asked = {"name": data.autoencoder, "revision": data.autoencoder_revision}
-        made = [source.manifest.text for source in sources]
-        check_encoders(sources, made[0], {key: value for key, value in asked.items() if value})
+        asked = _named({"name": data.autoencoder, "revision": data.autoencoder_revision})
+        check_encoders(sources, sources[0].manifest.text, asked)
     mixture = Mixture(
         sources,
         Wanted(
@@ -47,8 +46,31 @@ def asked_encoders(config: RunConfig) -> Iterator[Mapping[str, Any]]:
     named = {"t5": (text.t5, text.t5_revision), "clip": (text.clip, text.clip_revision)}
     for kind in text.kind.split("+"):
         name, revision = named[kind]
-        asked = {"kind": kind, "name": name, "revision": revision}
-        yield {key: value for key, value in asked.items() if value}
+        yield _named({"kind": kind, "name": name, "revision": revision})
+
+
+def encoder_names(config: RunConfig) -> dict[str, str]:
+    """{"t5": name, "clip": name} of the text encoders: those of section text, else those that made the data."""
+    names = {"t5": config.text.t5, "clip": config.text.clip}
+    if not all(names[kind] for kind in config.text.kind.split("+")):
+        source, *_ = open_sources(list(config.data.sets) or [config.data.path])
+        names = {**{identity["kind"]: identity["name"] for identity in source.manifest.text}, **_named(names)}
+    return names
+
+
+def autoencoder_name(config: RunConfig) -> str:
+    """The autoencoder that pictures are decoded with, by name or folder: that of the configuration, else the data's.
+
+    Empty where latents are pixels.
+    """
+    if config.data.kind != "shards" or config.data.autoencoder:
+        return config.data.autoencoder
+    source, *_ = open_sources(list(config.data.sets) or [config.data.path])
+    return str((source.manifest.autoencoder or {}).get("name", ""))
+
+
+def _named(values: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in values.items() if value}
 
 
 def misfits(config: RunConfig, mixture: Mixture) -> Iterator[str]:

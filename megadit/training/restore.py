@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from megadit import checkpoint
 from megadit.diffusion.sampler import Progress
-from megadit.encoders.condition import Captions, Condition, Labels
+from megadit.data.stored import StoredCaptions
+from megadit.encoders.condition import Captions, Condition, FrozenCaptions, Labels
+from megadit.encoders.frozen_text import load_encoders
 from megadit.encoders.tokenizer import Tokenizer
 from megadit.parallel.grid import Grid, ParallelConfig
 from megadit.parallel.pipeline.schedule import Pipeline
@@ -28,6 +30,7 @@ from megadit.training.config import (
     load_config,
     sampling_of,
 )
+from megadit.training.encoded import encoder_names, open_mixture
 from megadit.training.state import logical_tensor
 
 
@@ -42,7 +45,7 @@ class Sampler:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
+        """(channels, height, width) of an image of the size that positions are scaled to."""
         model = self.config.model
         return model.channels, model.image_size, model.image_size
 
@@ -52,15 +55,22 @@ class Sampler:
         return images_per_group(self.config)
 
     def draw(
-        self, prompts: Sequence[str], settings: SampleConfig, seed: int, first_index: int = 0, progress: Progress = iter
+        self,
+        prompts: Sequence[str],
+        settings: SampleConfig,
+        seed: int,
+        first_index: int = 0,
+        progress: Progress = iter,
+        size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """One image per prompt, [B, C, H, W]; see `generate`."""
+        """One image per prompt, [B, C, H, W], of `size` (height, width) if it is not `image_shape`; see `generate`."""
+        size = size or self.image_shape[1:]
         return generate(
             self.pipeline,
             self.condition,
             prompts,
-            self.image_shape,
-            sampling_of(self.config, settings, self.image_shape[1:]),
+            (self.config.model.channels, *size),
+            sampling_of(self.config, settings, size),
             seed,
             self.config.dtype,
             first_index,
@@ -69,10 +79,12 @@ class Sampler:
         )
 
 
-def open_sampler(directory: Path, process: Process, parallel: ParallelConfig | None = None) -> Sampler:
+def open_sampler(
+    directory: Path, process: Process, parallel: ParallelConfig | None = None, online: bool = False
+) -> Sampler:
     """The sampler of a run's folder, on this process's place in `parallel` (one rank by default). Collective.
 
-    Raises ValueError naming the file for a folder that holds no run or no complete checkpoint.
+    `online`: text encoders that are not on this machine are downloaded. Raises ValueError naming the file for a folder that holds no run or no complete checkpoint.
     """
     config = as_drawn(load_config(directory / CONFIG_FILE), process.world_size, parallel or ParallelConfig())
     check_inputs(config)
@@ -82,7 +94,7 @@ def open_sampler(directory: Path, process: Process, parallel: ParallelConfig | N
     grid = Grid(check(config, process.world_size), process.rank)
     stages = build_stages(config, grid, process.device)
     load_averages(path, named_parameters(stages), grid)
-    condition = open_condition(config, directory)
+    condition = open_condition(config, directory, process.device, online)
     step = int(checkpoint.read_manifest(path)["step"])
     return Sampler(config, build_pipeline(config, stages, grid, process.device), condition, step)
 
@@ -119,8 +131,18 @@ def as_drawn(trained: RunConfig, world_size: int, parallel: ParallelConfig) -> R
     return replace(trained, model=replace(model, routing_group=group), data=data, parallel=parallel)
 
 
-def open_condition(config: RunConfig, directory: Path) -> Condition:
-    """What the run's prompts mean. Raises ValueError naming the tokenizer's file when it cannot be read."""
+def open_condition(config: RunConfig, directory: Path, device: torch.device, online: bool = False) -> Condition:
+    """What the run's prompts mean: text, or a class's number, or that of a caption whose encoder is not named.
+
+    Raises ValueError naming what is not there: the tokenizer's file, an encoder, the data set with the captions.
+    """
+    text = config.text
     if config.model.conditioning == "class":
         return Labels(config.model.classes)
-    return Captions(Tokenizer.load(directory / TOKENIZER_FILE), config.text.length)
+    if text.kind == "builtin":
+        return Captions(Tokenizer.load(directory / TOKENIZER_FILE), text.length)
+    if text.kind == "precomputed":
+        return StoredCaptions(open_mixture(config))
+    names, revisions = encoder_names(config), {"t5": text.t5_revision, "clip": text.clip_revision}
+    encoders = load_encoders(text.kind, names, revisions, text.length, device, torch.float32, online)
+    return FrozenCaptions(encoders, text.too_long)
