@@ -285,6 +285,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def attempt(args: argparse.Namespace, process: Process, stops: StopRequests) -> int:
     """Encode, and say why it ended before its end. Returns the exit status. Raises ValueError."""
+    from torch.distributed import DistError
+
     from megadit.data.encode import Lost, Stopped
 
     try:
@@ -293,7 +295,7 @@ def attempt(args: argparse.Namespace, process: Process, stops: StopRequests) -> 
         if process.is_main:
             print(f"encode_dataset: {stopped}; the same command goes on", file=sys.stderr)
         return STOPPED
-    except (Lost, OSError) as error:
+    except (Lost, OSError, DistError) as error:
         print(f"encode_dataset: process {process.rank}: {error}; the same command goes on", file=sys.stderr)
         return LOST
     except KeyboardInterrupt:

@@ -48,7 +48,7 @@ class Stopped(Exception):
 
 
 class Lost(Exception):
-    """Another rank does not go on."""
+    """Another rank failed, or does not go on."""
 
 
 class Tally:
@@ -60,7 +60,7 @@ class Tally:
         self._looked = 0.0
 
     def add(self, images: int) -> None:
-        """So many more are done. Raises Stopped when this or another rank was asked to stop."""
+        """So many more are done. Raises as `heed`."""
         self._store.add("encode/images", images)
         self.heed()
 
@@ -69,26 +69,27 @@ class Tally:
         return self._store.add("encode/images", 0)
 
     def heed(self) -> None:
-        """Raises Stopped when this or another rank was asked to stop."""
+        """Raises Stopped when this or another rank was asked to stop, Lost when another rank failed."""
         why = self.stops.reason
         if why is not None:
-            self.stop_others(why)
-        elif time.monotonic() - self._looked > LOOK_S:
-            self._looked = time.monotonic()
-            if self._store.check(["encode/stop"]):
-                why = self._store.get("encode/stop").decode()
-        if why is not None:
-            raise Stopped(why)
-
-    def stop_others(self, why: str) -> None:
-        """Have the other ranks raise Stopped soon, for what happened here."""
-        if not self._store.check(["encode/stop"]):
             self._store.set("encode/stop", why)
+            raise Stopped(why)
+        if time.monotonic() - self._looked < LOOK_S:
+            return
+        self._looked = time.monotonic()
+        for key, error in (("encode/failed", Lost), ("encode/stop", Stopped)):
+            if self._store.check([key]):
+                raise error(self._store.get(key).decode())
+
+    def fail(self, error: Exception) -> None:
+        """Have the other ranks raise Lost soon, for what happened here."""
+        with contextlib.suppress(dist.DistError):
+            self._store.set("encode/failed", f"process {self.process.rank} failed: {error}")
 
     def wait_for_all(self, show: Callable[[], object]) -> None:
         """Until every rank is here. A collective would give up on ranks that have hours more to do.
 
-        Raises Stopped, and Lost when nothing happens for an hour.
+        Raises as `heed`, and Lost when nothing happens for an hour.
         """
         self._store.add("encode/through", 1)
         before, changed = -1, time.monotonic()
@@ -99,7 +100,7 @@ class Tally:
             if images != before:
                 before, changed = images, time.monotonic()
             elif time.monotonic() - changed > SILENCE_S:
-                raise Lost(f"no image for {SILENCE_S:.0f} seconds, and not every rank is through")
+                raise Lost(f"no image for {SILENCE_S:.0f} seconds, and not every process is through")
             time.sleep(LOOK_S / 5)
 
 
@@ -139,8 +140,8 @@ def encode(
             _encode_all(process, folder, todo, readers, config, frozen, stops, show, threads)
             told, empty = _manifest(config, frozen), _empty(frozen, config)
             of_main(lambda: disk(lambda: folder.finish(todo, told, empty)))
-            if process.is_main:
-                (out / "lock").unlink(missing_ok=True)
+        if process.is_main:
+            (out / "lock").unlink(missing_ok=True)
         return of_main(lambda: folder.report(todo))
 
 
@@ -173,15 +174,22 @@ def _encode_all(
 
     look()
     stops.begin()
+    why = None
     try:
         with UnitEncoder(frozen, config, process.device, threads) as encoder:
             for unit in remaining[process.rank :: process.world_size]:
                 tally.heed()
                 folder.commit(unit, encoder.encode(readers.read(unit), tick))
+        tally.wait_for_all(look)
+    except Stopped as stopped:
+        why = str(stopped)
     except Exception as error:
-        tally.stop_others(f"process {process.rank}: {error}")
+        tally.fail(error)
         raise
-    tally.wait_for_all(look)
+    # All leave, or none: one may have heard of the request when another was through, and rank 0 may serve the store.
+    first = next((each for each in gathered(why) if each is not None), None)
+    if first is not None:
+        raise Stopped(first)
     look()
 
 

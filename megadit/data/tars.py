@@ -127,11 +127,11 @@ def _members(file: BinaryIO, start: int) -> Iterator[tarfile.TarInfo | _Damage]:
         block = file.read(BLOCK)
         if len(block) < BLOCK:
             break
-        if block.count(0) == BLOCK:  # the mark of the end
-            return
-        detail = f"no header at byte {headers.offset}"
-        yield _Damage(Bad(f"@{headers.offset}", "bad tar member", detail), headers.offset)
         offset = _next_header(file, headers.offset + BLOCK)
+        marks_end = block.count(0) == BLOCK
+        if not marks_end or offset is not None:
+            detail = f"{'the mark of an end' if marks_end else 'no header'} at byte {headers.offset}"
+            yield _Damage(Bad(f"@{headers.offset}", "bad tar member", detail), headers.offset)
         if offset is None:
             return
     yield _Damage(Bad(f"@{size}", "truncated archive", "it lacks the mark of its end"), size)

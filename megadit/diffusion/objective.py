@@ -10,13 +10,23 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Which times are trained (logit-normal, then shifted), and how often caption or class are dropped for guidance."""
+    """Which times are trained (logit-normal, then shifted), and what the network does not get to see."""
 
     logit_mean: float = 0.0
     logit_std: float = 1.0
     shift: float = 1.0
     shift_tokens: int = 0  # images of so many tokens have shift, and sample.shift; others in proportion; 0: all alike
-    caption_dropout: float = 0.1
+    caption_dropout: float = 0.1  # how often it is told nothing, for guidance
+    keep_tokens: float = 1.0  # fraction of an image's tokens that it sees in training (MaskDiT, arXiv 2306.09305)
+
+
+def kept_tokens(tokens: int, fraction: float) -> int:
+    """How many of an image's tokens are seen, at least one.
+
+    >>> kept_tokens(256, 0.5), kept_tokens(15, 0.5), kept_tokens(16, 1.0), kept_tokens(4, 0.1)
+    (128, 8, 16, 1)
+    """
+    return max(1, round(tokens * fraction))
 
 
 def corrupt(clean_BCHW: Tensor, noise_BCHW: Tensor, timesteps_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,7 +38,10 @@ def corrupt(clean_BCHW: Tensor, noise_BCHW: Tensor, timesteps_B: Tensor) -> tupl
     return (1 - t_B111) * clean_BCHW + t_B111 * noise_BCHW, noise_BCHW - clean_BCHW
 
 
-def velocity_loss(prediction_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
-    """Mean squared error of the velocity per sample, [B], so that each sample weighs alike; at least in float32."""
-    dtype = torch.promote_types(prediction_BCHW.dtype, torch.float32)
-    return (prediction_BCHW.to(dtype) - target_BCHW.to(dtype)).square().flatten(1).mean(dim=1)
+def velocity_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of the velocity per sample, [B], so that each sample weighs alike; at least in float32.
+
+    Of whole images [B, C, H, W], or of the patches that were seen, [B, T, C p p].
+    """
+    dtype = torch.promote_types(prediction.dtype, torch.float32)
+    return (prediction.to(dtype) - target.to(dtype)).square().flatten(1).mean(dim=1)

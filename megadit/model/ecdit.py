@@ -68,6 +68,7 @@ class ECDiT(nn.Module):
         labels_B: Tensor | None = None,
         text_states_BLC: Tensor | None = None,
         text_pooled_BP: Tensor | None = None,
+        kept_BT: Tensor | None = None,
     ) -> tuple[Tensor | tuple[Tensor, ...], dict[int, RouterStats]]:
         """A pure function of the carry: (the next carry, statistics of each router by global layer index).
 
@@ -75,12 +76,14 @@ class ECDiT(nn.Module):
         with a balance loss (velocity, balance_1): summed over layers and images, not yet weighted.
         timesteps_B: times in [0, 1], 1 is pure noise. text_ids_BL, text_mask_BL: token ids and True where there is a
         token, with text_states_BLC in place of ids for a frozen encoder's captions, and text_pooled_BP for text.pooled;
-        or labels_B: class indices. size: (H, W) of the image, the same for the whole batch.
+        or labels_B: class indices. size: (H, W) of the image, the same for the whole batch. kept_BT: the places of the
+        tokens that the network sees, in training on a part of each image: the velocity then is that of their patches,
+        [B, T, C p p], in this order.
         """
         if self.embed is not None:
             (image_BCHW,) = carry
             told = (text_ids_BL, text_mask_BL, labels_B, text_states_BLC, text_pooled_BP)
-            carry = self.embed(image_BCHW, timesteps_B, *told)
+            carry = self.embed(image_BCHW, timesteps_B, *told, kept_BT)
             if self.has_balance_loss:
                 carry += (image_BCHW.new_zeros(1, dtype=torch.promote_types(image_BCHW.dtype, torch.float32)),)
         x_BTD, cond_BD, *rest = carry
@@ -93,7 +96,7 @@ class ECDiT(nn.Module):
         entered_BLX = None if text_BLX is None else enter(text_BLX, self.region.group)
         entered_BVD = None if shared_BVD is None else self.region.enter_between(shared_BVD)
         readable_BL = None if text_mask_BL is None else readable(text_mask_BL)
-        rotary_2BHTK = self._rotary(size, x_BTD) if self.config.positions == "rotary" else None
+        rotary_2BHTK = self._rotary(size, x_BTD, kept_BT) if self.config.positions == "rotary" else None
         stats: dict[int, RouterStats] = {}
         recompute = self.recompute == "block" and torch.is_grad_enabled()
         for layer, block in self.blocks.items():
@@ -110,17 +113,17 @@ class ECDiT(nn.Module):
                 balance = balance + routing.balance
         if self.head is not None:
             head_BD = entered_BD if shared_BVD is None else self.region.enter_between(cond_BD)
-            velocity_BCHW = self.head(x_BTD, head_BD, size)
-            return velocity_BCHW if balance is None else (velocity_BCHW, balance), stats
+            velocity = self.head(x_BTD, head_BD, size if kept_BT is None else None)
+            return velocity if balance is None else (velocity, balance), stats
         return tuple(part for part in (x_BTD, cond_BD, shared_BVD, text_BLX, balance) if part is not None), stats
 
-    def _rotary(self, size: tuple[int, int], x_BTD: Tensor) -> Tensor:
-        """[2, 1, 1, T, K], of all tokens of images of this size."""
+    def _rotary(self, size: tuple[int, int], x_BTD: Tensor, kept_BT: Tensor | None) -> Tensor:
+        """[2, 1, 1, T, K], of all tokens of images of this size; or of each image's own, [2, B, 1, T, K]."""
         config = self.config
         rows, columns = size[0] // config.patch, size[1] // config.patch
         scale = config.position_scale(size)
         rotary_2TK = rotary_positions(rows, columns, config.head_width, scale, x_BTD.device, x_BTD.dtype)
-        return rotary_2TK[:, None, None]
+        return rotary_2TK[:, None, None] if kept_BT is None else rotary_2TK[:, kept_BT].unsqueeze(2)
 
     def take_stats(self, num_microbatches: int) -> dict[int, RouterStats]:
         """Means over the last so many training forwards, by global layer index; forgets them all."""
@@ -133,10 +136,11 @@ class ECDiT(nn.Module):
         }
 
 
-def carry_like(config: ECDiTConfig, text: TextConfig, image_BCHW: Tensor, region: Region) -> tuple[Tensor, ...]:
-    """Uninitialised tensors of the shapes that one stage hands the next for these images."""
+def carry_like(
+    config: ECDiTConfig, text: TextConfig, image_BCHW: Tensor, region: Region, tokens: int
+) -> tuple[Tensor, ...]:
+    """Uninitialised tensors of the shapes that one stage hands the next for these images, of each so many tokens."""
     images, width = len(image_BCHW), config.width
-    tokens = image_BCHW.shape[2] * image_BCHW.shape[3] // config.patch**2
     carry = [image_BCHW.new_empty(images, tokens // region.token_parts, width), image_BCHW.new_empty(images, width)]
     if config.modulation == "shared":
         carry.append(image_BCHW.new_empty(images, MODULATION_OUTPUTS["shared"], width))

@@ -24,6 +24,13 @@ def patchify(image_BCHW: Tensor, patch: int) -> Tensor:
     return F.unfold(image_BCHW, patch, stride=patch).transpose(1, 2)
 
 
+def kept(tokens_BTX: Tensor, kept_BT: Tensor | None) -> Tensor:
+    """The tokens at these places of each image, in this order; None: all of them."""
+    if kept_BT is None:
+        return tokens_BTX
+    return tokens_BTX.gather(1, kept_BT.unsqueeze(2).expand(-1, -1, tokens_BTX.shape[2]))
+
+
 def unpatchify(tokens_BTP: Tensor, patch: int, size: tuple[int, int]) -> Tensor:
     """The inverse of `patchify` for an image of `size` = (H, W)."""
     rows, columns = size[0] // patch, size[1] // patch
@@ -107,11 +114,16 @@ class Embedding(nn.Module):
         labels_B: Tensor | None,
         text_states_BLC: Tensor | None = None,
         text_pooled_BP: Tensor | None = None,
+        kept_BT: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """(x_BTD, cond_BD), shared_BVD where the modulation is shared, and text_BLX where there is text."""
-        x_BTD = self.patch(patchify(image_BCHW, self.config.patch))
+        """(x_BTD, cond_BD), shared_BVD where the modulation is shared, and text_BLX where there is text.
+
+        kept_BT: the places of the tokens that are seen of each image; the others are dropped here.
+        """
+        x_BTD = self.patch(kept(patchify(image_BCHW, self.config.patch), kept_BT))
         if self.config.positions == "sincos":
-            x_BTD = x_BTD + self._positions(image_BCHW)
+            positions_TD = self._positions(image_BCHW)
+            x_BTD = x_BTD + (positions_TD if kept_BT is None else positions_TD[kept_BT])
         x_BTD = self.region.split_tokens(x_BTD)
         dtype = image_BCHW.dtype
         cond_BD = conditioning(self, timesteps_B, labels_B, dtype)
@@ -190,7 +202,7 @@ def modulate(normed_BTD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor
 
 
 class Head(nn.Module):
-    """The last part of the last stage: tokens and conditioning -> the predicted velocity [B, C, H, W]."""
+    """The last part of the last stage: tokens and conditioning -> the predicted velocity, [B, C, H, W]."""
 
     def __init__(self, config: ECDiTConfig, region: Region) -> None:
         super().__init__()
@@ -199,8 +211,12 @@ class Head(nn.Module):
         self.modulation = kind(config.width, 2, region)
         self.linear = ReplicatedLinear(config.width, config.output_channels * config.patch**2, partial=region.partial)
 
-    def forward(self, x_BTD: Tensor, cond_BD: Tensor, size: tuple[int, int]) -> Tensor:
-        """The conditioning has entered the region; with a shared modulation, the work between the layers."""
+    def forward(self, x_BTD: Tensor, cond_BD: Tensor, size: tuple[int, int] | None) -> Tensor:
+        """The conditioning has entered the region; with a shared modulation, the work between the layers.
+
+        size: (H, W), or None for tokens that are no whole image: their patches [B, T, C p p].
+        """
         vectors = self.modulation(cond_BD[:, None] if isinstance(self.modulation, Offsets) else cond_BD)
         patches_BTP = self.linear(modulate(normed(x_BTD), *vectors))
-        return unpatchify(self.region.collect_tokens(patches_BTP), self.patch, size)
+        whole_BTP = self.region.collect_tokens(patches_BTP)
+        return whole_BTP if size is None else unpatchify(whole_BTP, self.patch, size)

@@ -44,7 +44,7 @@ def rotary_positions(
 
     def angles(count: int) -> Tensor:
         steps = torch.arange(count, dtype=torch.float64, device=device) * scale
-        return torch.outer(steps, frequencies).repeat_interleave(2, dim=1)
+        return torch.outer(steps, frequencies).unsqueeze(2).expand(-1, -1, 2).flatten(1)
 
     by_row = angles(rows)[:, None, :].expand(rows, columns, -1)
     by_column = angles(columns)[None, :, :].expand(rows, columns, -1)

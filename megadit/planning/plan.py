@@ -26,7 +26,7 @@ from megadit.planning.schedule import Kind, Program, Timeline
 from megadit.planning.simulation import blank_condition, carries
 from megadit.planning.timing import members_per_node, seconds_of, seconds_of_collective, utilisation
 from megadit.planning.update import update_of
-from megadit.training.config import RunConfig, images_per_group, num_microbatches
+from megadit.training.config import RunConfig, images_per_group, num_microbatches, training_tokens
 from megadit.training.step import SCALARS
 from megadit.zero.footprint import LocalParameter, WholeState, ZeroState, state_of
 
@@ -73,6 +73,11 @@ class Plan:
         return replace(self.config.model, routing_group=images_per_group(self.config))
 
     @property
+    def tokens(self) -> int:
+        """That the network sees of an image in training."""
+        return training_tokens(self.config)
+
+    @property
     def num_microbatches(self) -> int:
         return num_microbatches(self.config, self.layout)
 
@@ -85,7 +90,7 @@ class Plan:
     def flops(self) -> int:
         """Of the model, for one optimizer step, forward and backward; nothing that is run again."""
         images = self.model.group_images
-        counted = flops_of(products_of(self.model, self.config.text, images), fused=False)
+        counted = flops_of(products_of(self.model, self.config.text, images, tokens=self.tokens), fused=False)
         return (counted.forward + counted.backward) * self.config.data.global_batch // images
 
     def is_within_node(self, axis: str) -> bool:
@@ -177,7 +182,8 @@ class Planner:
         world = layout.pp * layout.dp * layout.tp
         expert = math.gcd(config.model.experts // layout.tp, world // layout.tp) if self.coarse else layout.ep
         expert = layout.ep if layout.ep == 1 else expert
-        key = (layout.tp, expert, config.parallel.sequence, images, config.run, config.text, repr(config.model))
+        network, seen = repr(config.model), training_tokens(config)
+        key = (layout.tp, expert, config.parallel.sequence, images, config.run, config.text, network, seen)
         if key not in self._profilers:
             alike = Layout(pp=1, edp=world // (expert * layout.tp), ep=expert, tp=layout.tp)
             self._profilers[key] = Profiler(config, Grid(alike, 0), images)
@@ -228,7 +234,8 @@ class _Shares:
     def stages(self) -> list[range]:
         """The layers of every pipeline stage."""
         num_stages = self.config.parallel.pipeline * self.config.parallel.stages_on_rank
-        return list(_partition(tuple(stage_costs(self.model, self.config.text)), num_stages))
+        costs = stage_costs(self.model, self.config.text, training_tokens(self.config))
+        return list(_partition(tuple(costs), num_stages))
 
     @cached_property
     def indices(self) -> list[list[int]]:
@@ -399,12 +406,14 @@ class _Planning(_Shares):
         return gradient + (stage + 1 in own)
 
     def _batch(self) -> int:
-        """Noisy images, targets, times and captions of all microbatches."""
+        """Noisy images, targets, times, captions and places of what is kept, of all microbatches."""
         config, images = self.config, self.config.data.global_batch // self.layout.dp
         exact = torch.promote_types(config.dtype, torch.float32).itemsize
-        pixels = images * config.model.channels * config.model.image_size**2
+        model, tokens = self.model, training_tokens(config)
+        pixels, seen = (images * model.channels * model.patch**2 * count for count in (model.tokens, tokens))
+        places = 8 * images * tokens if tokens < model.tokens else 0
         told = sum(tensor.nbytes for tensor in blank_condition(config, 1).values()) * images
-        return pixels * (config.dtype.itemsize + exact) + images * exact + told
+        return pixels * config.dtype.itemsize + (seen + images) * exact + places + told
 
     def _positions(self, indices: Sequence[int]) -> int:
         """The first stage's, in float64; rotary ones every stage has, cosines and sines."""

@@ -23,9 +23,9 @@ from megadit.model.ecdit import ECDiT, carry_like
 from megadit.model.embed import Embedding, Head
 from megadit.parallel.grid import Grid
 from megadit.planning.meter import Collective, Meter, Operation, fused_attention
-from megadit.planning.simulation import META, blank_condition
+from megadit.planning.simulation import META, blank_condition, output_like
 from megadit.training.build import region_of
-from megadit.training.config import RunConfig, images_per_group
+from megadit.training.config import RunConfig, images_per_group, training_tokens
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Profiler:
         """`images`: of a microbatch."""
         self.config, self.grid, self.images = config, grid, images
         self.model = replace(config.model, routing_group=images_per_group(config))
-        self.region = region_of(config, grid)
+        self.region, self.tokens = region_of(config, grid), training_tokens(config)
         self._measured: dict[tuple[Any, ...], Costs] = {}
 
     def stage(self, layers: Sequence[int], splits: bool) -> Costs:
@@ -161,8 +161,10 @@ class Profiler:
             exact = torch.promote_types(dtype, torch.float32)
             keywords: dict[str, Any] = {"timesteps_B": torch.empty(self.images, dtype=exact), "size": (size, size)}
             keywords |= {key: value.to(META) for key, value in blank_condition(self.config, self.images).items()}
-            target = torch.empty(self.images, model.channels, size, size, dtype=exact)
-        carry = (image,) if first else carry_like(model, self.config.text, image, self.region)
+            target = output_like(self.config, image).to(exact)
+            if self.tokens < model.tokens:
+                keywords["kept_BT"] = torch.empty(self.images, self.tokens, dtype=torch.int64)
+        carry = (image,) if first else carry_like(model, self.config.text, image, self.region, self.tokens)
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(lambda p: meter.claim("gradients", [p.grad]))
         if first or model.positions == "rotary":

@@ -25,7 +25,7 @@ from megadit.parallel.pipeline.schedule import Pipeline, Stage
 from megadit.planning.meter import Meter, Peaks, fused_attention
 from megadit.runtime.launch import Process
 from megadit.training.build import Inputs, Run, build_stages, mean_over, named_parameters, region_of
-from megadit.training.config import RunConfig, num_microbatches
+from megadit.training.config import RunConfig, num_microbatches, training_tokens
 from megadit.training.ema import Ema
 from megadit.zero import create_engine
 from megadit.zero.simulated import SimulatedZero
@@ -204,13 +204,22 @@ def build_simulated(config: RunConfig, grid: Grid, meter: Meter, shapes: Carries
     )
 
 
+def output_like(config: RunConfig, image_BCHW: Tensor) -> Tensor:
+    """What the network makes of these images in training, uninitialised: images, or the patches that it sees."""
+    model, tokens = config.model, training_tokens(config)
+    images, _, height, width = image_BCHW.shape
+    if tokens < model.tokens:
+        return image_BCHW.new_empty(images, tokens, model.output_channels * model.patch**2)
+    return image_BCHW.new_empty(images, model.output_channels, height, width)
+
+
 def carries(config: RunConfig, images: int, grid: Grid) -> Carries:
     """Of a microbatch: the first stage's input, the carry, the last stage's output; on the meta device."""
     model = config.model
     size = model.image_size
     with META:
         image = torch.empty(images, model.channels, size, size, dtype=config.dtype)
-        between = carry_like(model, config.text, image, region_of(config, grid))
-        output = image.new_empty(images, model.output_channels, size, size).requires_grad_()
+        between = carry_like(model, config.text, image, region_of(config, grid), training_tokens(config))
+        output = output_like(config, image).requires_grad_()
     balance = between[-1:] if model.has_balance_loss else ()
     return (image,), between, (output, *balance)

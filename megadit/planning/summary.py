@@ -72,7 +72,8 @@ def to_dict(plan: Plan) -> dict[str, Any]:
 def flops(plan: Plan) -> dict[str, Any]:
     """Operations by part, for the images of one routing group."""
     config = plan.config
-    return flops_by_part(products_of(plan.model, config.text, plan.model.group_images), config.run.recompute)
+    products = products_of(plan.model, config.text, plan.model.group_images, tokens=plan.tokens)
+    return flops_by_part(products, config.run.recompute)
 
 
 def days(plan: Plan) -> float:

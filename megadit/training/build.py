@@ -28,7 +28,7 @@ from megadit.parallel.pipeline.partition import partition, stage_indices
 from megadit.parallel.pipeline.schedule import LossFunction, Pipeline
 from megadit.parallel.tensor.mappings import CutTokens, Region, ReplicatedTokens
 from megadit.runtime.launch import Process
-from megadit.training.config import RunConfig, check_inputs, images_per_group, num_microbatches
+from megadit.training.config import RunConfig, check_inputs, images_per_group, num_microbatches, training_tokens
 from megadit.training.ema import Ema
 from megadit.training.encoded import open_mixture
 from megadit.zero import Engine, create_engine
@@ -177,7 +177,7 @@ def build_stages(config: RunConfig, grid: Grid, device: torch.device) -> list[EC
     """This rank's pipeline stages, cut, their weights not yet drawn or loaded."""
     parallel, group = config.parallel, grid["pp"]
     model = replace(config.model, routing_group=images_per_group(config))
-    layers = partition(stage_costs(model, config.text), group.size * parallel.stages_on_rank)
+    layers = partition(stage_costs(model, config.text, training_tokens(config)), group.size * parallel.stages_on_rank)
     if config.run.compile:
         prepare_compiler(device)
     stages = []
@@ -204,11 +204,11 @@ def prepare_compiler(device: torch.device) -> None:
 def mean_over(samples: int, balance_weight: float) -> LossFunction:
     """The loss of a microbatch: its samples' losses over the number of `samples` of the whole local batch."""
 
-    def loss(output: Tensor | tuple[Tensor, Tensor], target_BCHW: Tensor) -> Tensor:
+    def loss(output: Tensor | tuple[Tensor, Tensor], target: Tensor) -> Tensor:
         if isinstance(output, Tensor):
-            return velocity_loss(output, target_BCHW).sum() / samples
-        prediction_BCHW, balance = output
-        return (velocity_loss(prediction_BCHW, target_BCHW).sum() + balance_weight * balance.sum()) / samples
+            return velocity_loss(output, target).sum() / samples
+        prediction, balance = output
+        return (velocity_loss(prediction, target).sum() + balance_weight * balance.sum()) / samples
 
     return loss
 

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from megadit.data.loader import DataConfig
-from megadit.diffusion.objective import ObjectiveConfig
+from megadit.diffusion.objective import ObjectiveConfig, kept_tokens
 from megadit.diffusion.timesteps import shift_of
 from megadit.model.config import PRESETS, ROUTING_PRESETS, ECDiTConfig
 from megadit.model.text import TextConfig
@@ -264,6 +264,8 @@ def _cut_by_tensor(config: RunConfig) -> dict[str, int]:
         cut["the hidden width model.ffn_ratio x model.width"] = model.hidden
     if config.parallel.sequence:
         cut["the tokens of an image (model.image_size / model.patch)^2"] = model.tokens
+        if training_tokens(config) < model.tokens:
+            cut["the tokens kept in training (objective.keep_tokens)"] = training_tokens(config)
     return cut
 
 
@@ -432,6 +434,33 @@ def sampling_of(config: RunConfig, settings: SampleConfig, size: tuple[int, int]
     return replace(settings, shift=shift)
 
 
+def training_tokens(config: RunConfig, size: tuple[int, int] | None = None) -> int:
+    """Tokens that the network sees in training of an image of (height, width); None: a square of `model.image_size`."""
+    tokens = config.model.tokens if size is None else config.model.tokens_of(size)
+    return kept_tokens(tokens, config.objective.keep_tokens)
+
+
+def check_sizes(config: RunConfig, sizes: Iterable[tuple[int, int]]) -> None:
+    """Raises ValueError for latent images (height, width) that cannot be cut into patches and over ranks."""
+    model, parallel = config.model, config.parallel
+    for height, width in sizes:
+        if height % model.patch or width % model.patch:
+            raise ValueError(
+                f"latent images of {height} x {width} cannot be cut into patches of model.patch={model.patch}; encode "
+                "the data set at sizes that can, or change model.patch"
+            )
+        counts = {
+            "tokens": model.tokens_of((height, width)),
+            "tokens kept in training (objective.keep_tokens)": training_tokens(config, (height, width)),
+        }
+        for what, count in counts.items():
+            if parallel.sequence and count % parallel.tensor:
+                raise ValueError(
+                    f"latent images of {height} x {width} have {count} {what}, which parallel.tensor={parallel.tensor} "
+                    "does not divide; use parallel.sequence=false, or another size or fraction"
+                )
+
+
 def num_microbatches(config: RunConfig, layout: Layout) -> int:
     """Forward passes of one rank in one optimizer step; by default one for each pipeline stage."""
     return config.data.global_batch // (layout.dp * config.data.micro_batch) if config.data.micro_batch else layout.pp
@@ -551,6 +580,8 @@ def numbers_make_sense(config: RunConfig, world_size: int) -> Iterator[str]:
     group = config.model.routing_group
     if isinstance(group, int) and group < 1:
         yield f"model.routing_group={group} must be sample, batch, or a number of images of at least 1"
+    if not 0 < config.objective.keep_tokens <= 1:
+        yield f"objective.keep_tokens={config.objective.keep_tokens} must be more than 0 and at most 1"
     if not 0 <= config.objective.caption_dropout <= 1:
         yield f"objective.caption_dropout={config.objective.caption_dropout} must be between 0 and 1"
 

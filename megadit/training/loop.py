@@ -202,8 +202,7 @@ class Course:
         self.clock = Clock()
         self.unread: list[Outcome] = []
         self.owes_save = False  # one was due after a step that was skipped
-        flops = forward_flops(replace(self.config.model, routing_group=images_per_group(self.config)), self.config.text)
-        self.flops_per_gpu = 3 * flops * self.config.data.global_batch / run.grid["world"].size
+        self._step_flops: dict[int, float] = {}  # by the number of tokens
 
     def _open_recorder(self) -> Recorder | None:
         """metrics.jsonl without the lines of later steps, on the main process."""
@@ -284,6 +283,7 @@ class Course:
         """Read the steps since the last look from the device, and record them."""
         reports = read(self.run, [outcome.unread for outcome in self.unread])
         seconds = self.clock.lap() / len(reports)  # of one step, on average since the last look
+        flops = sum(self._flops_per_gpu(outcome.tokens) for outcome in self.unread) / len(reports)  # as the seconds are
         sample_ids = self._sample_ids() if self.config.log.sample_ids else None
         self.unread = []
         for i, report in enumerate(reports):
@@ -296,11 +296,20 @@ class Course:
                     report,
                     seconds=seconds,
                     images_per_second=self.config.data.global_batch / seconds,
-                    tflops_per_gpu=self.flops_per_gpu / seconds / 1e12,
+                    tflops_per_gpu=flops / seconds / 1e12,
                     peak_memory_gb=peak_memory_gb(self.run.process.device),
                     **heldout,
                     **({"sample_ids": sample_ids[i]} if sample_ids else {}),
                 )
+
+    def _flops_per_gpu(self, tokens: int) -> float:
+        """Of a step on images of so many tokens."""
+        if tokens not in self._step_flops:
+            config = self.config
+            model = replace(config.model, routing_group=images_per_group(config))
+            images = 3 * config.data.global_batch / self.run.grid["world"].size  # backward costs twice the forward
+            self._step_flops[tokens] = forward_flops(model, config.text, tokens) * images
+        return self._step_flops[tokens]
 
     def _sample_ids(self) -> list[list[int]]:
         """Of each unread step the samples that it trained on, as the data-parallel ranks read them."""

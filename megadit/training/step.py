@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from megadit.data.batch import Batch
-from megadit.diffusion.objective import corrupt
+from megadit.diffusion.objective import corrupt, kept_tokens
 from megadit.diffusion.timesteps import logit_normal, shift_of
+from megadit.model.embed import kept, patchify
 from megadit.runtime.agreement import gathered
 from megadit.runtime.seed import stream
 from megadit.training.build import Run
+from megadit.training.config import training_tokens
 from megadit.training.lr import learning_rate
 from megadit.training.progress import Progress
 
@@ -57,6 +59,7 @@ class Outcome:
     loss: float  # the mean over the global batch
     grad_norm: float
     sample_ids: list[int]  # of this rank
+    tokens: int  # that the network saw of each image
     spoilers: list[Spoiler]  # of a step that was skipped: whose numbers are not finite
 
 
@@ -89,25 +92,47 @@ def draw(seed: int, step: int, batch: Batch) -> Draws:
     return Draws(noise, normal, uniform)
 
 
-def prepare(run: Run, batch: Batch, step: int, caption_dropout: float) -> tuple[Tensor, Tensor, dict[str, object]]:
-    """(noisy images, target velocity, keyword arguments) of a batch, on the device; the images in the run's dtype."""
+def draw_kept(seed: int, step: int, sample_ids: Sequence[int], tokens: int, count: int) -> Tensor:
+    """The places of the tokens that the network sees of each sample, [B, count], in order; each from its own stream."""
+    return torch.stack(
+        [
+            torch.randperm(tokens, generator=stream(seed, "keep", step, sample))[:count].sort().values
+            for sample in sample_ids
+        ]
+    )
+
+
+def prepare(
+    run: Run, batch: Batch, step: int, caption_dropout: float, keep_tokens: float = 1.0
+) -> tuple[Tensor, Tensor, dict[str, object]]:
+    """(noisy images, target velocity, keyword arguments) of a batch, on the device; the images in the run's dtype.
+
+    With `keep_tokens` less than 1 the network sees this fraction of an image's tokens, and the target is that of their
+    patches.
+    """
     config, device = run.config, run.process.device
     exact = torch.promote_types(config.dtype, torch.float32)  # bf16 would blur the times and the target
     draws = draw(config.run.seed, step, batch)
     objective, (height, width) = config.objective, batch.latents_BCHW.shape[2:]
-    shift = shift_of(objective.shift, config.model.tokens_of((height, width)), objective.shift_tokens)
+    tokens = config.model.tokens_of((height, width))
+    shift = shift_of(objective.shift, tokens, objective.shift_tokens)
     timesteps_B = logit_normal(draws.normal_B, objective.logit_mean, objective.logit_std, shift)
-    noisy_BCHW, target_BCHW = corrupt(batch.latents_BCHW, draws.noise_BCHW, timesteps_B)
+    noisy_BCHW, target = corrupt(batch.latents_BCHW, draws.noise_BCHW, timesteps_B)
     keywords: dict[str, object] = {
         "timesteps_B": timesteps_B.to(device, exact),
         "size": (height, width),
     }
+    count = kept_tokens(tokens, keep_tokens)
+    if count < tokens:
+        kept_BT = draw_kept(config.run.seed, step, batch.sample_ids_B.tolist(), tokens, count)
+        target = kept(patchify(target, config.model.patch), kept_BT)
+        keywords["kept_BT"] = kept_BT.to(device)
     dropped_B = draws.uniform_B < caption_dropout
     for key, told in batch.condition.items():
         dropped = dropped_B.view(-1, *[1] * (told.ndim - 1))
         shown = torch.where(dropped, run.inputs.condition.nothing[key], told)
         keywords[key] = shown.to(device, config.dtype if shown.is_floating_point() else shown.dtype)
-    return noisy_BCHW.to(device, config.dtype), target_BCHW.to(device, exact), keywords
+    return noisy_BCHW.to(device, config.dtype), target.to(device, exact), keywords
 
 
 def train_step(run: Run, progress: Progress, stop: bool = False) -> Outcome:
@@ -116,8 +141,10 @@ def train_step(run: Run, progress: Progress, stop: bool = False) -> Outcome:
     `stop`: whether this rank wishes to; all learn of it.
     """
     step, batch = progress.step + 1, run.loader.batch(progress.batch + 1)
-    noisy_BCHW, target_BCHW, keywords = prepare(run, batch, progress.batch + 1, run.config.objective.caption_dropout)
-    loss = run.pipeline.train(noisy_BCHW, target_BCHW, keywords)
+    objective, (height, width) = run.config.objective, batch.latents_BCHW.shape[2:]
+    dropout, keep_tokens = objective.caption_dropout, objective.keep_tokens
+    noisy_BCHW, target, keywords = prepare(run, batch, progress.batch + 1, dropout, keep_tokens)
+    loss = run.pipeline.train(noisy_BCHW, target, keywords)
     run.engine.reduce_gradients()
     lr = learning_rate(run.config.optim, step, run.config.run.steps)
     update = run.engine.step(lr, loss, told=float(stop))
@@ -131,6 +158,7 @@ def train_step(run: Run, progress: Progress, stop: bool = False) -> Outcome:
         loss=update.loss / (run.grid["dp"].size * run.grid["tp"].size),
         grad_norm=update.grad_norm,
         sample_ids=sample_ids,
+        tokens=training_tokens(run.config, (height, width)),
         spoilers=[] if update.applied else spoilers(run, loss, sample_ids),
     )
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import socket
+import sys
 
 import pytest
 import torch
@@ -45,7 +47,6 @@ def cache(tmp_path, monkeypatch, pipeline):
 @pytest.fixture
 def no_network(monkeypatch):
     """Any look at the network is a failure."""
-    import socket
 
     def refuse(*args, **kwargs):
         raise AssertionError("the network was asked for")
@@ -120,6 +121,16 @@ def test_a_folder_has_no_revision(pipeline):
 def test_a_home_is_found(pipeline, monkeypatch):
     monkeypatch.setenv("HOME", str(pipeline.parent))
     assert Source(f"~/{pipeline.name}").fetch([]) == pipeline
+
+
+@pytest.mark.parametrize("package", ["diffusers", "transformers"])
+def test_a_library_that_is_not_installed_is_named(pipeline, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf"{package}.* install them with pip install -e '\.\[encoders\]'"):
+        if package == "diffusers":
+            Autoencoder.load(str(pipeline), "cpu", torch.float32)
+        else:
+            FrozenText.load("t5", str(pipeline), 16, "cpu", torch.float32)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "\0"])

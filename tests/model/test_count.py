@@ -79,18 +79,18 @@ CASES = {
 def count(text, region, grid, filled):
     """A function that runs layers of a model on some images and counts: (FLOPs forward, FLOPs backward)."""
 
-    def run(config, layers=None, text=text, images=1, recompute="none", fused=False, backward=True):
+    def run(config, layers=None, text=text, images=1, recompute="none", fused=False, backward=True, **of_inputs):
         layers = layers or range(config.layers)
         stage = filled(ECDiT(config, text, layers, region, grid["ep"], recompute))
-        carry, keywords = inputs(config, text, images, layers.start == 0)
+        carry, keywords = inputs(config, text, images, layers.start == 0, **of_inputs)
         return counted(stage, [x.double() for x in carry], keywords, fused, backward)
 
     return run
 
 
-def inputs(config, text, images, is_first=True):
-    """Carry and keywords of a stage for so many images."""
-    size = (config.image_size, config.image_size)
+def inputs(config, text, images, is_first=True, size=None, seen=None):
+    """Carry and keywords of a stage for so many images, of which the first `seen` tokens are seen."""
+    size = size or (config.image_size, config.image_size)
     carry = [torch.ones(images, config.channels, *size)]
     if not is_first:
         shapes = [(config.tokens, config.width), (config.width,), (text.length, text.width)]
@@ -105,6 +105,8 @@ def inputs(config, text, images, is_first=True):
         captions["text_pooled_BP"] = torch.ones(images, text.pooled)
     labels = {"labels_B": torch.zeros(images, dtype=torch.int64)}
     keywords = {"timesteps_B": torch.full((images,), 0.5), "size": size}
+    if seen is not None:
+        keywords["kept_BT"] = torch.arange(seen).expand(images, -1)
     return carry, keywords | (captions if config.conditioning == "text" else labels)
 
 
@@ -131,6 +133,26 @@ def test_forward_flops_are_what_torch_counts(count, config, text, case):
     config = replace(config, **CASES[case])
     images = 2 * images_of(config)
     assert images * forward_flops(config, text) == count(config, images=images, backward=False)[0]
+
+
+# Images of other sizes, and of which the network sees a part: their tokens, and how they come to be so many.
+TOKENS = {
+    "wide": (24, {"size": (8, 12)}),
+    "tall": (10, {"size": (10, 4)}),
+    "half": (8, {"seen": 8}),
+    "part_of_a_wide_one": (7, {"size": (8, 12), "seen": 7}),
+}
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("changes", [{}, {"routing_group": 2}, {"experts": 0, "positions": "rotary", "head_width": 8}])
+def test_flops_of_other_numbers_of_tokens_are_what_torch_counts(count, config, text, changes, tokens):
+    config, (number, of_inputs) = replace(config, **changes), TOKENS[tokens]
+    ours = flops_of(products_of(config, text, 2, tokens=number), fused=True)
+    assert (ours.forward, ours.backward + ours.again) == count(config, images=2, fused=True, **of_inputs)
+    assert 2 * forward_flops(config, text, number) == ours.forward
+    costs = stage_costs(config, text, number)
+    assert 2 * costs[0] == count(config, range(1), images=2, backward=False, **of_inputs)[0]
 
 
 @pytest.mark.parametrize("case", ["shared_experts", "groups", "token_choice", "dropless", "timestep_router"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megadit.model.ecdit import ECDiT, whole_model
+from megadit.model.embed import kept, patchify, unpatchify
 from megadit.model.text import TextConfig
 from megadit.parallel.placement import placement_of
 
@@ -257,3 +258,47 @@ def test_rotary_positions_are_not_added(build, inputs, positions):
     told = [keywords[key] for key in ("timesteps_B", "text_ids_BL", "text_mask_BL", "labels_B")]
     tokens = stage.embed(torch.ones_like(image), *told)[0]
     assert torch.allclose(tokens, tokens[:, :1].expand_as(tokens), atol=1e-13) == (positions == "rotary")
+
+
+@pytest.mark.parametrize("positions", ["sincos", "rotary"])
+@pytest.mark.parametrize("model", ["gated", "balanced", "adaln_single", "pooled"])
+def test_a_network_that_sees_all_tokens_in_their_order_is_the_network(build, inputs, model, positions):
+    image, keywords = inputs
+    network = build(range(4), positions=positions, head_width=8, **MODELS[model][0])
+    whole, part = (
+        tensors(network(image, **keywords | seen)) for seen in ({}, {"kept_BT": torch.arange(16).repeat(2, 1)})
+    )
+    assert torch.equal(part[0], patchify(whole[0], 2))
+    assert all(torch.equal(*balances) for balances in zip(part[1:], whole[1:], strict=True))
+
+
+@pytest.mark.parametrize("positions", ["sincos", "rotary"])
+@pytest.mark.parametrize("cuts", [(0, 4), (0, 1, 3, 4)])
+def test_tokens_that_are_dropped_do_not_matter_and_the_others_know_their_places(build, inputs, randn, positions, cuts):
+    (image, keywords), places = inputs, torch.tensor([[0, 1, 5, 6, 9, 15], [2, 3, 4, 7, 8, 9]])
+    keywords["kept_BT"] = places
+    stages = [
+        build(range(*ends), positions=positions, head_width=8) for ends in zip(cuts, cuts[1:], strict=False)
+    ]  # fmt: skip
+
+    def velocity(image, **changes):
+        carry = (image,)
+        for stage in stages:
+            carry = tensors(stage(*carry, **keywords | changes))
+        return carry[0]
+
+    found = velocity(image)
+    assert found.shape == (2, 6, 12)
+    patches, noise = patchify(image, 2), randn(2, 16, 12)
+    seen = torch.zeros(2, 16, 1, dtype=torch.bool).scatter(1, places[:, :, None], True)
+    other = unpatchify(torch.where(seen, patches, noise), 2, (8, 8))
+    assert torch.equal(velocity(other), found)
+    # The same patches in other places, and in another order.
+    moved = torch.tensor([[3, 1, 5, 6, 9, 15], [2, 3, 4, 7, 8, 9]])
+    taken = unpatchify(patches.scatter(1, moved[:, :, None].expand(-1, -1, 12), kept(patches, places)), 2, (8, 8))
+    assert (velocity(taken, kept_BT=moved) - found).abs().max() > 1e-3
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    torch.testing.assert_close(velocity(image, kept_BT=places[:, order]), found[:, order], rtol=0, atol=1e-12)
+    # Experts compete for the tokens that are seen: ceil(6 x 2 / 4) of them each, so 12 picks for 6 tokens.
+    for stage in stages:
+        assert all(stats.picks == 2 for stats in stage.take_stats(1).values())

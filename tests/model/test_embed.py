@@ -145,6 +145,16 @@ def test_a_class_is_added_to_the_time(config, text, region, filled, randn):
     assert torch.equal(captioned(image, times, ids, ids > 0, None)[0], x)
 
 
+@pytest.mark.parametrize("positions", ["sincos", "rotary"])
+def test_dropped_tokens_are_dropped_with_their_positions(config, text, region, filled, randn, positions):
+    embedding, image = filled(Embedding(replace(config, positions=positions), text, region)), randn(2, 3, 8, 12)
+    places, ids = torch.tensor([[0, 5, 23], [2, 3, 19]]), torch.tensor([[2, 7, 3]] * 2)
+    told = (torch.tensor([0.2, 0.7]).double(), ids, ids > 0, None)
+    whole, part = embedding(image, *told), embedding(image, *told, kept_BT=places)
+    torch.testing.assert_close(part[0], torch.stack([whole[0][0, places[0]], whole[0][1, places[1]]]), rtol=0, atol=0)
+    assert torch.equal(part[1], whole[1]) and torch.equal(part[2], whole[2])
+
+
 def test_head_modulates_and_puts_patches_in_their_places(config, region, filled, randn):
     head, x, cond = filled(Head(config, region)), randn(2, 8, 32), randn(2, 32)
     shift, scale = head.modulation(cond)

@@ -129,6 +129,8 @@ def batch_of(config, generator):
     ids = torch.tensor([[2, 7, 8, 3, 0, 0], [2, 3, 0, 0, 0, 0]])
     keywords = {"timesteps_B": torch.tensor([0.3, 0.9], dtype=torch.float64), "size": size}
     captions = {"text_ids_BL": ids, "text_mask_BL": ids != 0}
+    if config.positions == "rotary":
+        keywords["kept_BT"] = torch.tensor([[1, 2, 4, 7, 11], [0, 3, 4, 9, 15]])
     keywords |= {"labels_B": torch.tensor([2, 3])} if config.conditioning == "class" else captions
     return generator(2, config.channels, *size), keywords
 
@@ -144,6 +146,7 @@ FIXED = {
     "classes": {"conditioning": "class", "classes": 3},
     "dense": {"routing": "dense"},
     "adaln_single": {"modulation": "shared", "bias": True},
+    "rotary_of_a_part": {"positions": "rotary", "head_width": 8},
     "per_layer_embedders": {"embedders": "per_layer", "conditioning": "class", "classes": 3},
 }
 CASES = [(model, "none") for model in FIXED]

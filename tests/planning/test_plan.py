@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from megadit.model.count import flops_of, products_of
 from megadit.planning.dry_run import dry_run, roles
 from megadit.planning.hardware import GPUS
 from megadit.planning.plan import Plan, Planner
 from megadit.planning.simulation import fake_world
+from megadit.planning.summary import to_dict
 from megadit.training.config import RunConfig, check, load_config
 from tests.parity.cases import MODELS, SHAPES, layouts_of
 
@@ -78,6 +80,8 @@ NETWORKS = {
     "states": ("text.kind=precomputed", "text.channels=24"),
     "pooled": FROZEN_TEXT,
     "rotary": ("model.positions=rotary",),
+    "half": ("objective.keep_tokens=0.5",),
+    "rotary_part": ("model.positions=rotary", "objective.keep_tokens=0.375", "model.routing_group=2"),
 }
 NETWORK_LAYOUTS = {
     "one": (1, ()),
@@ -145,3 +149,21 @@ def test_more_microbatches_make_a_smaller_bubble():
         planned(load_config(PARITY, ["parallel.pipeline=4", f"data.global_batch={batch}"]), 4) for batch in (16, 64)
     )
     assert many.timeline.bubble < few.timeline.bubble
+
+
+def test_half_of_the_tokens_cost_less_than_half_of_the_work():
+    """Attention is quadratic; the captions, the text's keys and the modulation are as they were."""
+    whole, half = (
+        planned(load_config(PARITY, [*WIDE, f"objective.keep_tokens={keep}"]), 2) for keep in (1.0, 0.5)
+    )  # fmt: skip
+    assert whole.tokens == 64 and half.tokens == 32
+    counted = [
+        flops_of(products_of(plan.model, plan.config.text, 1, tokens=plan.tokens), fused=False)
+        for plan in (whole, half)
+    ]
+    for plan, flops in zip((whole, half), counted, strict=True):
+        assert plan.flops == 32 * (flops.forward + flops.backward)
+        parts = to_dict(plan)["flops_per_image"]
+        assert sum(part["forward"] for part in parts.values()) == flops.forward
+    assert 0.4 < half.flops / whole.flops < 0.6
+    assert half.peak < whole.peak

@@ -199,6 +199,13 @@ CASES = {
         ["model.positions=rotary", "model.head_width=6"],
         ["model.head_width=6 is not a multiple of 4", "model.positions=sincos"],
     ),
+    "no tokens": (1, ["objective.keep_tokens=0"], ["objective.keep_tokens=0.0 must be more than 0"]),
+    "more than all tokens": (1, ["objective.keep_tokens=1.5"], ["objective.keep_tokens=1.5 must be", "at most 1"]),
+    "tokens over ranks": (
+        2,
+        ["parallel.tensor=2", "parallel.sequence=true", "objective.keep_tokens=0.44"],
+        ["parallel.tensor=2 does not divide the tokens kept in training (objective.keep_tokens)=7; use 1"],
+    ),
     "precision": (1, ["zero.stage=1"], ["zero.stage=1 keeps float32 masters", "zero.stage=0"]),
     "image size": (
         1,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from megadit.training.config import (
     RunConfig,
     batch_divides,
     check,
+    check_sizes,
     describe,
     differing,
     experts_divide,
@@ -120,6 +122,31 @@ def test_the_saved_configuration_writes_out_every_key():
     assert {section: list(keys) for section, keys in written.items()} == {
         section: [key_of(field.name) for field in dataclasses.fields(kind)] for section, kind in SECTIONS.items()
     }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "size", "message"),
+    [
+        ([], (8, 12), None),
+        ([], (8, 11), "latent images of 8 x 11 cannot be cut into patches of model.patch=2"),
+        (["parallel.tensor=4", "parallel.sequence=true"], (8, 12), None),
+        (["parallel.tensor=4"], (8, 10), None),
+        (
+            ["parallel.tensor=8", "parallel.sequence=true"],
+            (8, 10),
+            "8 x 10 have 20 tokens, which parallel.tensor=8 does",
+        ),
+        (
+            ["parallel.tensor=4", "parallel.sequence=true", "objective.keep_tokens=0.25"],
+            (8, 12),
+            "8 x 12 have 6 tokens kept in training .objective.keep_tokens., which parallel.tensor=4 does not divide",
+        ),
+    ],
+)
+def test_sizes_of_images_must_fit_patches_and_ranks(overrides, size, message):
+    config = load_config(CONFIG, overrides)
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        check_sizes(config, [(8, 8), size])
 
 
 def test_what_an_older_version_called_states_is_precomputed(tmp_path):

@@ -10,9 +10,10 @@ import torch
 
 from megadit.data.batch import Batch
 from megadit.diffusion.objective import corrupt, velocity_loss
-from megadit.training.step import draw, prepare, read
+from megadit.training.evaluate import heldout_loss
+from megadit.training.step import draw, draw_kept, prepare, read, train_step
 from tests.ranks import run_ranks
-from tests.training.assembled import assembled, make_step
+from tests.training.assembled import after, assembled, make_step
 
 
 def batch_of(ids, size=(8, 8)):
@@ -98,6 +99,53 @@ def test_times_shift_with_the_number_of_tokens(shift_tokens, size, shift):
     ((times, normal),) = run_ranks(times_of, 1, size, overrides)
     odds = shift * numpy.exp(normal)
     assert times == pytest.approx(odds / (1 + odds), rel=1e-12)
+
+
+def test_each_sample_draws_which_tokens_are_kept_from_its_own_stream():
+    """So many, each place at most once, in order; others in another step, for another seed and sample."""
+    kept = draw_kept(0, 5, [7, 3, 900], 24, 9)
+    assert kept.shape == (3, 9) and kept.dtype == torch.int64
+    assert ((kept[:, 1:] > kept[:, :-1]).all(), kept.min() >= 0, kept.max() < 24) == (True, True, True)
+    assert torch.equal(draw_kept(0, 5, [1, 900, 2], 24, 9)[1], kept[2])
+    others = [draw_kept(*key, 24, 9)[0] for key in ((0, 5, [3]), (0, 6, [7]), (1, 5, [7]))]
+    assert not any(torch.equal(kept[0], other) for other in others)
+    # All places alike: 200 of 256 tokens, of 500 samples.
+    counts = draw_kept(0, 1, range(500), 256, 200).flatten().bincount(minlength=256).double()
+    share = 200 / 256
+    assert (counts - 500 * share).abs().max() < 5 * math.sqrt(500 * share * (1 - share))
+
+
+def kept_step(rank, world_size, overrides):
+    """A step that sees a part: (its loss, by hand from the whole image's target; the tokens and the statistics)."""
+    run = assembled(rank, world_size, *overrides)
+    batch, network, objective = run.loader.batch(1), run.stages[0], run.config.objective
+    keep = objective.keep_tokens
+    noisy, target, keywords = prepare(run, batch, 1, objective.caption_dropout, keep)
+    whole_noisy, whole_target, whole_keywords = prepare(run, batch, 1, objective.caption_dropout)
+    assert torch.equal(noisy, whole_noisy) and "kept_BT" not in whole_keywords
+    places = keywords["kept_BT"]
+    with torch.no_grad():
+        network.head.linear.weight.add_(0.1)
+        velocity = network(noisy, **keywords)
+    losses = []
+    for image, of_image, seen in zip(whole_target, velocity, places, strict=True):
+        pixels = [image[:, 2 * (t // 4) : 2 * (t // 4) + 2, 2 * (t % 4) : 2 * (t % 4) + 2].flatten() for t in seen]
+        losses.append((torch.stack(pixels) - of_image).square().mean().item())
+    outcome = train_step(run, after(0))
+    (report,) = read(run, [outcome.unread])
+    return report.loss, sum(losses) / len(losses), outcome.tokens, report.routing, heldout_loss(run)
+
+
+@pytest.mark.parametrize("positions", ["sincos", "rotary"])
+def test_the_loss_is_the_mean_over_the_pixels_that_are_seen(positions):
+    """Seven of 16 tokens, of which each of four experts takes ceil(7 x 2 / 4); the held-out loss sees them all."""
+    overrides = ["objective.keep_tokens=0.44", f"model.positions={positions}", "optim.lr=0"]
+    ((loss, by_hand, tokens, routing, heldout),) = run_ranks(kept_step, 1, overrides)
+    assert loss == pytest.approx(by_hand, rel=1e-12)
+    assert tokens == 7
+    assert all(stats["picks"] == pytest.approx(4 * 4 / 7) for stats in routing.values())
+    ((*_, whole_heldout),) = run_ranks(kept_step, 1, [*overrides, "objective.keep_tokens=0.5"])
+    assert heldout == whole_heldout
 
 
 def one_step(rank, world_size, overrides):

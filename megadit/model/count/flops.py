@@ -67,29 +67,36 @@ def flops_of(products: Iterable[Product], recompute: Recompute = "none", fused: 
     return sum(flops_by_part(products, recompute, fused).values(), Flops())
 
 
-def products_of(config: ECDiTConfig, text: TextConfig, images: int, layers: range | None = None) -> list[Product]:
-    """The products of a stage of these layers (None: of the whole network) for so many images of `image_size`.
+def products_of(
+    config: ECDiTConfig, text: TextConfig, images: int, layers: range | None = None, tokens: int | None = None
+) -> list[Product]:
+    """The products of a stage of these layers (None: of the whole network) for so many images.
 
-    Capacity is that of full routing groups, so `images` is a multiple of a group's.
+    tokens: that the network sees of each; None: all of a square of `image_size`, here and below. Capacity is that of
+    full routing groups, so `images` is a multiple of a group's.
     """
+    tokens = config.tokens if tokens is None else tokens
     layers = range(config.layers) if layers is None else layers
-    products = _first(config, text, images) if layers.start == 0 else []
+    products = _first(config, text, images, tokens) if layers.start == 0 else []
     for layer in layers:
-        products += layer_products(config, text, layer, images)
-    return products + (_head(config, images) if layers.stop == config.layers else [])
+        products += layer_products(config, text, layer, images, tokens)
+    return products + (_head(config, images, tokens) if layers.stop == config.layers else [])
 
 
-def layer_products(config: ECDiTConfig, text: TextConfig, layer: int, images: int) -> list[Product]:
+def layer_products(
+    config: ECDiTConfig, text: TextConfig, layer: int, images: int, tokens: int | None = None
+) -> list[Product]:
     """The products of one layer for so many images.
 
     Recomputation ends with the last tensor that some gradient reads, and none reads what a block, or a mixture of
     experts, puts out. So the last product runs again only where a gate follows.
     """
-    rows, width = images * config.tokens, config.width
+    tokens = config.tokens if tokens is None else tokens
+    rows, width = images * tokens, config.width
     query, key_value = config.heads * config.head_width, config.kv_heads * config.head_width
     products = [
         Product("attention", rows * width * (2 * query + 2 * key_value), again=("block",)),
-        Product("attention_scores", 2 * rows * config.tokens * query, again=("block",), is_scores=True),
+        Product("attention_scores", 2 * rows * tokens * query, again=("block",), is_scores=True),
     ]
     if config.conditioning == "text":
         projections = 2 * rows * width * query + 2 * images * text.length * text.width * key_value
@@ -102,18 +109,18 @@ def layer_products(config: ECDiTConfig, text: TextConfig, layer: int, images: in
         products.append(Product("modulation", images * outputs * width * width, again=("block",)))
     if config.embedders == "per_layer" and layer > 0:
         products += _time(config, images)  # not recomputed: it is outside of the block
-    return products + (_moe(config, layer, images) if config.is_moe(layer) else _dense(config, images))
+    return products + (_moe(config, layer, images, tokens) if config.is_moe(layer) else _dense(config, images, tokens))
 
 
 def _has_gates(config: ECDiTConfig) -> bool:
     return config.modulation != "scale_shift"
 
 
-def _dense(config: ECDiTConfig, images: int) -> list[Product]:
+def _dense(config: ECDiTConfig, images: int, tokens: int) -> list[Product]:
     return _feedforward(
         "feedforward",
         config,
-        images * config.tokens * config.width * config.hidden,
+        images * tokens * config.width * config.hidden,
         again=("block",),
         last_again=("block",) if _has_gates(config) else (),
     )
@@ -127,16 +134,16 @@ def _feedforward(
     return [Product(part, inner * matrix, again=again), Product(part, matrix, again=last_again)]
 
 
-def _moe(config: ECDiTConfig, layer: int, images: int) -> list[Product]:
+def _moe(config: ECDiTConfig, layer: int, images: int, tokens: int) -> list[Product]:
     """Of a mixture of experts; with a capacity, of full experts."""
-    rows, width = images * config.tokens, config.width
+    rows, width = images * tokens, config.width
     both: tuple[Recompute, ...] = ("block", "moe")
     if config.routing == "token_choice" and config.dropless:
         picks = rows * config.top_k
     else:
         groups, rest = divmod(images, config.group_images)
         assert rest == 0, f"{images} images do not fill routing groups of {config.group_images}"
-        picks = groups * config.experts * config.capacity(layer, config.tokens * config.group_images)
+        picks = groups * config.experts * config.capacity(layer, tokens * config.group_images)
     readings = rows + images if config.router_input == "timestep" else rows
     products = [Product("router", readings * width * config.experts, again=both)]
     # The gates of the experts follow the last product.
@@ -155,9 +162,9 @@ def _time(config: ECDiTConfig, images: int) -> list[Product]:
     ]
 
 
-def _first(config: ECDiTConfig, text: TextConfig, images: int) -> list[Product]:
+def _first(config: ECDiTConfig, text: TextConfig, images: int, tokens: int) -> list[Product]:
     """Of the part before the layers."""
-    patches = images * config.tokens * config.channels * config.patch**2 * config.width
+    patches = images * tokens * config.channels * config.patch**2 * config.width
     products = [Product("patch", patches, gradients=1), *_time(config, images)]
     if config.modulation == "shared":
         products.append(Product("modulation", images * MODULATION_OUTPUTS["shared"] * config.width**2))
@@ -181,33 +188,34 @@ def _text(text: TextConfig, images: int) -> list[Product]:
     ]
 
 
-def _head(config: ECDiTConfig, images: int) -> list[Product]:
-    products = [Product("head", images * config.tokens * config.width * config.output_channels * config.patch**2)]
+def _head(config: ECDiTConfig, images: int, tokens: int) -> list[Product]:
+    products = [Product("head", images * tokens * config.width * config.output_channels * config.patch**2)]
     if config.modulation != "shared":
         products.append(Product("head", images * 2 * config.width**2))
     return products
 
 
-def layer_flops(config: ECDiTConfig, text: TextConfig, layer: int) -> float:
+def layer_flops(config: ECDiTConfig, text: TextConfig, layer: int, tokens: int | None = None) -> float:
     """Forward FLOPs of one layer for one image."""
     group = config.group_images
-    return flops_of(layer_products(config, text, layer, group)).forward / group
+    return flops_of(layer_products(config, text, layer, group, tokens)).forward / group
 
 
-def end_flops(config: ECDiTConfig, text: TextConfig) -> tuple[float, float]:
+def end_flops(config: ECDiTConfig, text: TextConfig, tokens: int | None = None) -> tuple[float, float]:
     """Forward FLOPs of the first part (patches, time, text) and of the last (modulation, head) for one image."""
-    return float(flops_of(_first(config, text, 1)).forward), float(flops_of(_head(config, 1)).forward)
+    tokens = config.tokens if tokens is None else tokens
+    return float(flops_of(_first(config, text, 1, tokens)).forward), float(flops_of(_head(config, 1, tokens)).forward)
 
 
-def stage_costs(config: ECDiTConfig, text: TextConfig) -> list[float]:
+def stage_costs(config: ECDiTConfig, text: TextConfig, tokens: int | None = None) -> list[float]:
     """Forward FLOPs per layer, with the two ends added to the first and the last layer: what stages are balanced by."""
-    costs = [layer_flops(config, text, layer) for layer in range(config.layers)]
-    first, last = end_flops(config, text)
+    costs = [layer_flops(config, text, layer, tokens) for layer in range(config.layers)]
+    first, last = end_flops(config, text, tokens)
     costs[0] += first
     costs[-1] += last
     return costs
 
 
-def forward_flops(config: ECDiTConfig, text: TextConfig) -> float:
+def forward_flops(config: ECDiTConfig, text: TextConfig, tokens: int | None = None) -> float:
     """Forward FLOPs of the network for one image; a training step takes three times that."""
-    return sum(stage_costs(config, text))
+    return sum(stage_costs(config, text, tokens))
