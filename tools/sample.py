@@ -4,8 +4,8 @@ python tools/sample.py runs/digits --out seven.png "a handwritten seven" "the di
 python tools/sample.py runs/digits_class --out sevens.png 7 --repeat 10
 python tools/sample.py runs/photographs --out cats.png "a tabby cat" --repeat 8 --size 256x320 --zoom 1
 
-Of a run on encoded data sets, prompts are read by the text encoders that the data is of, and what is drawn is decoded by
-its autoencoder: their names or folders are the configuration's, else those in the data set's manifest.
+Of a run on encoded data sets, prompts are read by the text encoders that the data is of, and what is drawn is decoded
+by its autoencoder: their names or folders are the configuration's, else those in the data set's manifest.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from megadit import checkpoint
-from megadit.diffusion.sampler import Progress
 from megadit.data.stored import StoredCaptions
+from megadit.diffusion.sampler import Progress
 from megadit.encoders.condition import Captions, Condition, FrozenCaptions, Labels
 from megadit.encoders.frozen_text import load_encoders
 from megadit.encoders.tokenizer import Tokenizer
@@ -84,7 +84,8 @@ def open_sampler(
 ) -> Sampler:
     """The sampler of a run's folder, on this process's place in `parallel` (one rank by default). Collective.
 
-    `online`: text encoders that are not on this machine are downloaded. Raises ValueError naming the file for a folder that holds no run or no complete checkpoint.
+    `online`: text encoders that are not on this machine are downloaded. Raises ValueError naming the file for a folder
+    that holds no run or no complete checkpoint.
     """
     config = as_drawn(load_config(directory / CONFIG_FILE), process.world_size, parallel or ParallelConfig())
     check_inputs(config)

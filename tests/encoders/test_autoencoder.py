@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from megadit.encoders.autoencoder import Autoencoder
-from tests.encoders import tiny
+from tools import tiny_encoders as tiny
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Latent channels, scaling and shift of Stable Diffusion, one between, and FLUX; the last without the two convolutions.

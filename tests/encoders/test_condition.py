@@ -9,7 +9,7 @@ import torch
 from megadit.encoders.condition import Captions, FrozenCaptions, Labels
 from megadit.encoders.frozen_text import FrozenText
 from megadit.encoders.tokenizer import Tokenizer
-from tests.encoders import tiny
+from tools import tiny_encoders as tiny
 
 CORPUS = [f"a handwritten {word}" for word in ("zero", "one", "two", "three", "four", "five")]
 LENGTH = 24

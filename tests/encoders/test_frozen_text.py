@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from megadit.encoders.frozen_text import FrozenText, load_encoders
-from tests.encoders import tiny
+from tools import tiny_encoders as tiny
 
 LENGTH = 77
 # From one token to more than are read, so that widths differ; case, spaces and letters that no tokenizer has seen.

@@ -11,7 +11,7 @@ import torch
 from megadit.encoders.autoencoder import Autoencoder
 from megadit.encoders.frozen_text import FrozenText
 from megadit.encoders.pretrained import Source, fingerprint, read_json, weight_files
-from tests.encoders import tiny
+from tools import tiny_encoders as tiny
 
 COMMIT, OLDER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
 NAME = "someone/pipeline"

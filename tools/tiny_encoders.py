@@ -1,7 +1,15 @@
-"""Encoders small enough for a test, with random weights, saved as published ones are: what loads them is not told."""
+"""Write an autoencoder, a T5 and a CLIP text encoder that are small and random, in the format of published ones.
+
+    python tools/tiny_encoders.py data/encoders         # data/encoders/vae, t5, clip
+    python tools/tiny_encoders.py data/encoders --channels 16
+
+For trying the path from images to samples where no weights can be downloaded: what loads them is not told. Latents are
+of 8 x 8 pixels, T5's states 32 wide, CLIP's pooled vectors 24. Nothing that they make means anything.
+"""
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import random
@@ -70,7 +78,7 @@ def make_autoencoder(
 
     levels = downscale.bit_length()
     assert 2 ** (levels - 1) == downscale, "a power of two"
-    settings = {
+    settings: dict[str, Any] = {
         "block_out_channels": (width, *[2 * width if layers else width] * (levels - 1)),
         "down_block_types": ("DownEncoderBlock2D",) * levels,
         "up_block_types": ("UpDecoderBlock2D",) * levels,
@@ -83,7 +91,8 @@ def make_autoencoder(
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        AutoencoderKL(**(settings | config)).save_pretrained(folder)
+        network: Any = AutoencoderKL(**(settings | config))
+        network.save_pretrained(folder)
     return folder
 
 
@@ -100,7 +109,7 @@ def make_t5(
 
     model = train_sentencepiece(captions() if sentences is None else sentences)
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size()
-    settings = {
+    settings: dict[str, Any] = {
         "vocab_size": pieces + 100,  # and T5's hundred sentinels
         "d_model": width,
         "d_kv": 8,
@@ -137,7 +146,7 @@ def make_clip(
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     vocabulary, merges = train_byte_pairs(captions() if sentences is None else sentences, 200)
-    settings = {
+    settings: dict[str, Any] = {
         "vocab_size": len(vocabulary),
         "hidden_size": width,
         "intermediate_size": 2 * width,
@@ -229,3 +238,20 @@ def merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
         else:
             out.append(part)
     return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--channels", type=int, default=4, help="of the latents (default: %(default)s)")
+    args = parser.parse_args()
+    made = (
+        make_autoencoder(args.folder / "vae", args.channels, downscale=8),
+        make_t5(args.folder / "t5"),
+        make_clip(args.folder / "clip"),
+    )
+    print("\n".join(map(str, made)))
+
+
+if __name__ == "__main__":
+    main()
