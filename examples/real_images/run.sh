@@ -30,7 +30,7 @@ if [[ ! -e $AUTOENCODER ]]; then
 fi
 if [[ ! -e $folder/encoded/manifest.json ]]; then
     torchrun --standalone --nproc-per-node 2 tools/encode_dataset.py "$folder/tars" --out "$folder/encoded" \
-        --autoencoder "$AUTOENCODER" --t5 "$T5" --clip "$CLIP" --resolution "$RESOLUTION" --patch 1 --text-length 24
+        --autoencoder "$AUTOENCODER" --t5 "$T5" --clip "$CLIP" --resolution "$RESOLUTION" --patch 1 --text-length 48
 fi
 torchrun --standalone --nproc-per-node 2 -m megadit.train --config examples/real_images/train.yaml \
     run.dir="$folder/run" data.path="$folder/encoded" parallel.expert=2 "$@"
