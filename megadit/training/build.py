@@ -192,8 +192,10 @@ def build_stages(config: RunConfig, grid: Grid, device: torch.device) -> list[EC
 
 def prepare_compiler(device: torch.device) -> None:
     """Settings of torch.compile that blocks need."""
-    # Graphs of one block's code: kinds of block x shapes of batches x with and without gradients. The default is 8.
-    torch._dynamo.config.recompile_limit = 128
+    # Graphs of one block's code: kinds of block x sizes of images x with and without gradients. The defaults, 8 and
+    # 256, are fewer than a data set of many aspect ratios makes.
+    torch._dynamo.config.recompile_limit = 1024
+    torch._dynamo.config.accumulated_recompile_limit = 4096
     if device.type == "cpu":
         # torch 2.13's kernels for CPUs forget that they read what a scatter wrote; this pass then reads it too early.
         import torch._inductor.config as inductor  # seconds

@@ -11,6 +11,7 @@ import pytest
 
 from megadit.training.config import load_config
 from tests.parity.cases import ENGINES, FAST, SEEDS, covering, exhaustive, uneven
+from tests.parity.compared import assert_small, errors
 from tests.parity.training import CONFIG, oracle, result_of
 
 # Relative: of losses, norms and parameters, and of gradients.
@@ -27,19 +28,6 @@ def one_process(model_overrides, first_seed):
     for name, gradient in result.gradients.items():
         assert gradient.norm() > 0, f"{name} has no gradient: the test would not see it"
     return seed, result
-
-
-def errors(found, expected):
-    """{name: relative error} of tensors by name."""
-    assert found.keys() == expected.keys()
-    return {name: float((found[name] - tensor).norm() / tensor.norm()) for name, tensor in expected.items()}
-
-
-def assert_small(found, tolerance, what):
-    # NaN is not below any tolerance.
-    wrong = {name: error for name, error in found.items() if not error < tolerance}
-    worst = ", ".join(f"{name}: {error:.1e}" for name, error in sorted(wrong.items(), key=lambda item: -item[1])[:8])
-    assert not wrong, f"{len(wrong)} of {len(found)} {what} differ by more than {tolerance:.0e}: {worst}"
 
 
 DRILLS = [case for case in dict.fromkeys((*exhaustive(4), *covering(8), *uneven())) if case not in FAST]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -71,9 +71,12 @@ def owned(run: Run, kind: str) -> Owned:
     }
 
 
-def train(rank: int, world_size: int, overrides: Sequence[str]) -> tuple[Any, ...]:
+Start = Callable[[int, int, Sequence[str]], Run]
+
+
+def train(rank: int, world_size: int, overrides: Sequence[str], begin: Start = start) -> tuple[Any, ...]:
     """(losses, gradient norms, routing statistics, parameters, first moments after the first step) of this rank."""
-    run = start(rank, world_size, overrides)
+    run = begin(rank, world_size, overrides)
     unread, moments = [], {}
     for step in range(1, run.config.run.steps + 1):
         unread.append(make_step(run, step))
@@ -146,9 +149,9 @@ def train_without_ties(rank: int, world_size: int, overrides: Sequence[str], fir
     raise AssertionError("every seed has a near-tie")
 
 
-def result_of(world_size: int, overrides: Sequence[str]) -> Result:
+def result_of(world_size: int, overrides: Sequence[str], begin: Start = start) -> Result:
     """Train on so many ranks; all of them must report the same."""
-    ranks = run_ranks(train, world_size, tuple(overrides))
+    ranks = run_ranks(train, world_size, tuple(overrides), begin)
     for reported in list(zip(*ranks, strict=True))[:3]:
         assert all(other == reported[0] for other in reported), "the ranks report different numbers"
     return whole_result(ranks, overrides)

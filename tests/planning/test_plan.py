@@ -81,7 +81,7 @@ NETWORKS = {
     "pooled": FROZEN_TEXT,
     "rotary": ("model.positions=rotary",),
     "half": ("objective.keep_tokens=0.5",),
-    "rotary_part": ("model.positions=rotary", "objective.keep_tokens=0.375", "model.routing_group=2"),
+    "rotary_part": ("model.positions=rotary", "objective.keep_tokens=0.5", "model.routing_group=2"),
 }
 NETWORK_LAYOUTS = {
     "one": (1, ()),
