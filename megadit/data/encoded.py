@@ -6,6 +6,7 @@ read while this one computes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from megadit.data.batch import Batch
 from megadit.data.mixture import Mixture, Place, Split
 from megadit.data.order import Order
-from megadit.data.shards import bytes_of
+from megadit.data.shards import ShardReader, bytes_of
 from megadit.runtime.seed import stream
 
 
@@ -88,37 +89,58 @@ class EncodedLoader:
 
     def _read(self, sample_ids_B: Tensor, latent: tuple[int, int, int], places: list[Place], step: int) -> Batch:
         """Read samples into new memory; their captions are drawn for this step."""
-        latents_BCHW = torch.empty(len(places), *latent, dtype=self.mixture.dtype)
-        fill_latents = rows_of(latents_BCHW)
-        tell = self._labels if self.mixture.wanted.classes else self._captions
-        for i, (path, row) in enumerate(places):
-            self.mixture.reader(path).read_latents(row, fill_latents(i))
-        return Batch(sample_ids_B, latents_BCHW.float(), tell(sample_ids_B, places, step))
-
-    def _labels(self, sample_ids_B: Tensor, places: list[Place], step: int) -> dict[str, Tensor]:
-        return {"labels_B": torch.tensor([self.mixture.reader(path).label(row) for path, row in places])}
-
-    def _captions(self, sample_ids_B: Tensor, places: list[Place], step: int) -> dict[str, Tensor]:
-        """States, padded with zeros to the length that the network reads, mask, and pooled vectors if there are any."""
-        length, dtype, pooled = self.mixture.wanted.length, self.mixture.dtype, self.mixture.pooled_channels
-        states_BLC = torch.empty(len(places), length, self.mixture.text_channels, dtype=dtype)
-        pooled_BP = torch.empty(len(places), pooled, dtype=dtype)
-        fill_states, fill_pooled, counts = rows_of(states_BLC), rows_of(pooled_BP), []
-        for i, (path, row) in enumerate(places):
+        latents_BCHW = empty(len(places), *latent, dtype=self.mixture.dtype)
+        told: _Labels | _Captions = (
+            _Labels() if self.mixture.wanted.classes else _Captions(self.mixture, len(places), self.seed, step)
+        )
+        row_of = rows_of(latents_BCHW)
+        for i, (path, place) in enumerate(places):
             reader = self.mixture.reader(path)
-            captions = reader.captions(row)
-            chosen = captions[0]
-            if len(captions) > 1:
-                generator = stream(self.seed, "caption", step, int(sample_ids_B[i]))
-                chosen = captions[drawn(reader.weights(row), generator)]
-            counts.append(reader.read_states(chosen, fill_states(i)))
-            if counts[i] < length:
-                states_BLC[i, counts[i] :] = 0
-            if pooled:
-                reader.read_pooled(chosen, fill_pooled(i))
-        mask_BL = torch.arange(length) < torch.tensor(counts)[:, None]
-        told = {"text_states_BLC": states_BLC, "text_mask_BL": mask_BL}
-        return told | {"text_pooled_BP": pooled_BP} if pooled else told
+            reader.read_latents(place, row_of(i))
+            told.read(reader, place, int(sample_ids_B[i]))
+        return Batch(sample_ids_B, latents_BCHW.float(), told.condition())
+
+
+class _Labels:
+    """The classes of a batch, read sample by sample."""
+
+    def __init__(self) -> None:
+        self._labels: list[int] = []
+
+    def read(self, reader: ShardReader, place: int, sample_id: int) -> None:
+        self._labels.append(reader.label(place))
+
+    def condition(self) -> dict[str, Tensor]:
+        return {"labels_B": torch.tensor(self._labels)}
+
+
+class _Captions:
+    """The captions of a batch, read sample by sample: states, padded with zeros to the length that the network reads,
+    mask, and pooled vectors if there are any.
+    """
+
+    def __init__(self, mixture: Mixture, samples: int, seed: int, step: int) -> None:
+        self._length, self._seed, self._step = mixture.wanted.length, seed, step
+        self._states_BLC = empty(samples, self._length, mixture.text_channels, dtype=mixture.dtype)
+        self._pooled_BP = torch.empty(samples, mixture.pooled_channels, dtype=mixture.dtype)
+        self._states_of, self._pooled_of = rows_of(self._states_BLC), rows_of(self._pooled_BP)
+        self._counts: list[int] = []
+
+    def read(self, reader: ShardReader, place: int, sample_id: int) -> None:
+        i, captions = len(self._counts), reader.captions(place)
+        chosen = captions[0]
+        if len(captions) > 1:
+            chosen = captions[drawn(reader.weights(place), stream(self._seed, "caption", self._step, sample_id))]
+        self._counts.append(reader.read_states(chosen, self._states_of(i)))
+        if self._counts[i] < self._length:
+            self._states_BLC[i, self._counts[i] :] = 0
+        if self._pooled_BP.shape[1]:
+            reader.read_pooled(chosen, self._pooled_of(i))
+
+    def condition(self) -> dict[str, Tensor]:
+        mask_BL = torch.arange(self._length) < torch.tensor(self._counts)[:, None]
+        told = {"text_states_BLC": self._states_BLC, "text_mask_BL": mask_BL}
+        return told | {"text_pooled_BP": self._pooled_BP} if self._pooled_BP.shape[1] else told
 
 
 def drawn(weights: np.ndarray, generator: torch.Generator) -> int:
@@ -126,6 +148,12 @@ def drawn(weights: np.ndarray, generator: torch.Generator) -> int:
     ends = np.cumsum(weights, dtype=np.float64)
     point = float(torch.rand((), dtype=torch.float64, generator=generator)) * ends[-1]
     return min(int(np.searchsorted(ends, point, side="right")), len(ends) - 1)
+
+
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Memory for a batch. numpy's, which asks for huge pages: touching those for the first time costs a third."""
+    size = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).view(shape)
 
 
 def rows_of(tensor_BX: Tensor) -> Callable[[int], memoryview]:

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -16,12 +16,15 @@ from torch import Tensor
 from megadit.data.manifest import Bucket, Manifest, open_manifest, shard_path
 from megadit.data.order import permute, round_keys, shares
 from megadit.data.shards import ShardReader, read_empty
+from megadit.runtime.tensor_file import Entry
 
+T = TypeVar("T")
 Split = Literal["train", "heldout"]
 Place = tuple[Path, int]  # a shard, and a sample in it
 
 # Two files each: the shard, and its map. Processes are often limited to 1024.
 _OPEN_SHARDS = 128
+_KNOWN_HEADERS = 8192  # of shards that were open: a few kilobytes each
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ class Mixture:
                 self._ends[d, bucket.name] = np.cumsum([shard.samples for shard in bucket.shards])
                 self._paths[d, bucket.name] = [shard_path(source.folder, shard.file) for shard in bucket.shards]
         self._readers: OrderedDict[Path, ShardReader] = OrderedDict()
+        self._headers: OrderedDict[Path, Mapping[str, Entry]] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
@@ -164,11 +168,11 @@ class Mixture:
             if path in self._readers:
                 self._readers.move_to_end(path)
                 return self._readers[path]
-        reader = ShardReader(path)  # another thread may open it too, which does no harm
+            entries = self._headers.get(path)
+        reader = ShardReader(path, entries)  # another thread may open it too, which does no harm
         with self._lock:
-            self._readers[path] = reader
-            while len(self._readers) > _OPEN_SHARDS:
-                self._readers.popitem(last=False)
+            _keep(self._readers, path, reader, _OPEN_SHARDS)
+            _keep(self._headers, path, reader.entries, _KNOWN_HEADERS)
         return reader
 
     def _totals(self, dataset: int) -> dict[str, int]:
@@ -214,6 +218,14 @@ class Mixture:
                 )
         sizes = {name: (bucket.height, bucket.width, bucket.latent) for name, (_, bucket) in first.items()}
         return [MixedBucket(name, *sizes[name], samples[name]) for name in samples if name not in small]
+
+
+def _keep(known: OrderedDict[Path, T], path: Path, value: T, most: int) -> None:
+    """Remember a file's value, and of all only the last ones."""
+    known[path] = value
+    known.move_to_end(path)
+    while len(known) > most:
+        known.popitem(last=False)
 
 
 def _why_empty(small: Sequence[str], wanted: Wanted) -> str:
