@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import tests.ranks
 from megadit.data.buckets import BucketRule
 from megadit.data.encode import encode
 from megadit.data.encode_unit import EncodeConfig
@@ -20,7 +21,7 @@ from megadit.data.manifest import SHARDS_FOLDER, open_manifest
 from megadit.data.shards import ShardReader
 from megadit.encoders.frozen_text import TextStates
 from megadit.runtime.launch import Meeting, Process
-from tests.ranks import TIME_LIMIT, _Ranks, launcher_environ, run_ranks
+from tests.ranks import _Ranks, launcher_environ, run_ranks
 
 
 class Pooled:
@@ -122,7 +123,7 @@ def tool_on(world_size, *argv, when=None, number=signal.SIGKILL, victims=None, w
                 os.kill(ranks.processes[rank].pid, number)
             if number == signal.SIGKILL:
                 return None
-        return ranks.gather(world_size, TIME_LIMIT)
+        return ranks.gather(world_size, tests.ranks.TIME_LIMIT)
     finally:
         ranks.kill()
 
