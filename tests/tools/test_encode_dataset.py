@@ -15,7 +15,7 @@ import torch
 from megadit.data.manifest import open_manifest
 from tests.data.encodings import files_of, quarantine_of, samples_of, tool_on, units_done
 from tests.data.planted import BAD, Planted, content, picture, plant, write_tar
-from tests.encoders.tiny import make_autoencoder, make_clip, make_t5
+from tools.tiny_encoders import make_autoencoder, make_clip, make_t5
 
 COMMAND = [sys.executable, "tools/encode_dataset.py"]
 ENVIRON = os.environ | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
