@@ -156,6 +156,7 @@ def test_a_fingerprint_is_of_names_and_contents(tmp_path):
     first = fingerprint([a, b])
     assert first == fingerprint([b, a]) and len(first) == 16 and int(first, 16) >= 0
     assert first != fingerprint([a])
+    assert first != fingerprint([a, b.rename(tmp_path / "c")])
     a.write_bytes(b"two")
     b.write_bytes(b"one")
     assert fingerprint([a, b]) != first
