@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megadit.data.manifest import Bucket, Manifest, open_manifest, shard_path
 from megadit.data.order import permute, round_keys, shares
-from megadit.data.shards import ShardReader, read_empty
+from megadit.data.shards import Caption, ShardReader, read_empty
 from megadit.runtime.tensor_file import Entry
 
 T = TypeVar("T")
@@ -134,12 +134,7 @@ class Mixture:
         """
         if self.empty is None:
             return {"labels_B": torch.tensor([self.wanted.classes])}
-        empty, length = self.empty, self.wanted.length
-        states_LC = empty.states_LC[:length]
-        states_BLC = states_LC.new_zeros(1, length, states_LC.shape[1])
-        states_BLC[0, : len(states_LC)] = states_LC
-        told = {"text_states_BLC": states_BLC, "text_mask_BL": torch.arange(length)[None] < len(states_LC)}
-        return told if empty.pooled_P is None else told | {"text_pooled_BP": empty.pooled_P[None]}
+        return padded(self.empty, self.wanted.length)
 
     def num_too_long(self) -> int:
         """Captions of more tokens than the network reads. Reads the lengths of all captions where there are any."""
@@ -226,6 +221,15 @@ def _keep(known: OrderedDict[Path, T], path: Path, value: T, most: int) -> None:
     known.move_to_end(path)
     while len(known) > most:
         known.popitem(last=False)
+
+
+def padded(caption: Caption, length: int) -> dict[str, Tensor]:
+    """A caption's keywords, [1, ...]: its states cut or padded with zeros to `length` tokens, and their mask."""
+    states_LC = caption.states_LC[:length]
+    states_BLC = states_LC.new_zeros(1, length, states_LC.shape[1])
+    states_BLC[0, : len(states_LC)] = states_LC
+    told = {"text_states_BLC": states_BLC, "text_mask_BL": torch.arange(length)[None] < len(states_LC)}
+    return told if caption.pooled_P is None else told | {"text_pooled_BP": caption.pooled_P[None]}
 
 
 def _why_empty(small: Sequence[str], wanted: Wanted) -> str:

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megadit.data.mixture import MixedBucket, Mixture, Split
-from megadit.data.shards import Caption
+from megadit.data.mixture import MixedBucket, Mixture, Split, padded
 
 
 class StoredCaptions:
@@ -63,12 +62,3 @@ def shown(mixture: Mixture, bucket: str) -> tuple[Split, list[int]]:
         return "heldout", heldout
     counts = {share.dataset: share.samples for share in mixture.shares[bucket]}
     return "train", [counts.get(dataset, 0) for dataset in range(len(mixture.sources))]
-
-
-def padded(caption: Caption, length: int) -> dict[str, Tensor]:
-    """A caption's keywords, [1, ...]: its states cut or padded with zeros to `length` tokens, and their mask."""
-    states_LC = caption.states_LC[:length]
-    states_BLC = states_LC.new_zeros(1, length, states_LC.shape[1])
-    states_BLC[0, : len(states_LC)] = states_LC
-    told = {"text_states_BLC": states_BLC, "text_mask_BL": torch.arange(length)[None] < len(states_LC)}
-    return told if caption.pooled_P is None else told | {"text_pooled_BP": caption.pooled_P[None]}

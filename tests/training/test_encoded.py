@@ -1,0 +1,152 @@
+"""Runs on encoded data sets: what is refused, and that layouts, worlds and restarts read the same samples."""
+
+import json
+
+import numpy as np
+import pytest
+
+from megadit.data.manifest import MANIFEST_FILE
+from megadit.training.build import read_inputs
+from megadit.training.config import check, load_config
+from tests.data.encoded_sets import CHANNELS, POOLED, write_set
+from tests.ranks import run_ranks, train_on
+from tests.training.assembled import assembled, make_step
+
+CONFIG = "tests/configs/tiny.yaml"
+SIZES = {(64, 64): 40, (64, 96): 24, (96, 64): 17}
+SHARDS = (
+    *(
+        "data.kind=shards",
+        "data.global_batch=8",
+        "data.micro_batch=2",
+        "data.heldout=8",
+        "model.channels=2",
+        "model.image_size=4",
+    ),
+    *("model.patch=1", "text.kind=t5", f"text.channels={CHANNELS}", "text.length=4", "model.positions=rotary"),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoded") / "set"
+    write_set(folder, SIZES)
+    return folder
+
+
+def inputs_of(folder, *overrides):
+    config = load_config(CONFIG, (*SHARDS, f"data.path={folder}", *overrides))
+    check(config, 1)
+    return read_inputs(config)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.channels=3", "latents have 2 channels; set model.channels=2"),
+        ("text.channels=7", "text states are 6 wide; set text.channels=6"),
+        ("text.kind=clip", "captions of kind=t5 .*asks for kind=clip"),
+        ("text.t5=large", "captions of kind=t5 name=small .*asks for kind=t5 name=large"),
+        ("data.autoencoder=other", "latents of the autoencoder name=vae .*asks for name=other"),
+        ("text.kind=builtin", "text.kind=builtin reads text, .*use text.kind=t5"),
+        ("data.global_batch=32", r"64x96 \(21 samples\), 96x64 \(15 samples\); set data.global_batch to at most 15"),
+        ("model.patch=4", "latent images of 4 x 6 cannot be cut into patches of model.patch=4"),
+        ("text.too_long=error", "captions of up to 5 tokens, text.length=4; set text.length=5"),
+        ("data.heldout=1", "data.heldout=1 holds every sample out"),
+        ("data.heldout=0 and log.evaluate_every=5", "data.heldout=0 leaves nothing to evaluate"),
+        ("data.sets={a: 1}", "data.path, or several with weights, data.sets; set one of the two"),
+        ("data.path=", "data.path, or several with weights, data.sets; set one of the two"),
+        ("data.path=nowhere", "data set nowhere: there is no such folder"),
+        ("model.routing_group=3", "does not divide the 2 images of a microbatch"),
+    ],
+)
+def test_what_does_not_fit_is_refused(folder, override, message):
+    with pytest.raises(ValueError, match=message):
+        inputs_of(folder, *override.split(" and "))
+
+
+def test_pooled_vectors_must_be_there(tmp_path):
+    write_set(tmp_path / "pooled", SIZES, pooled=True)
+    assert inputs_of(tmp_path / "pooled", "text.kind=precomputed", f"text.pooled={POOLED}").image_shape == (2, 4, 4)
+    with pytest.raises(ValueError, match=f"pooled vectors are {POOLED} wide, 0 is none; set text.pooled={POOLED}"):
+        inputs_of(tmp_path / "pooled", "text.kind=precomputed", "text.pooled=9")
+
+
+def test_a_shard_that_is_missing_or_changed_is_named(tmp_path):
+    write_set(tmp_path / "set", SIZES)
+    shard = sorted((tmp_path / "set" / "shards").iterdir())[2]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    inputs_of(tmp_path / "set")
+    with pytest.raises(ValueError, match=f"{shard.name}.*content has changed"):
+        inputs_of(tmp_path / "set", "data.verify=true")
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"{shard.name}"):
+        inputs_of(tmp_path / "set")
+
+
+def test_a_data_set_that_was_not_finished_is_refused(tmp_path):
+    write_set(tmp_path / "set", SIZES)
+    (tmp_path / "set" / MANIFEST_FILE).unlink()
+    with pytest.raises(ValueError, match=MANIFEST_FILE):
+        inputs_of(tmp_path / "set")
+
+
+def test_prompts_are_numbers_of_held_out_captions(folder):
+    inputs = inputs_of(folder)
+    told = inputs.condition.encode(inputs.prompts(7))
+    assert inputs.prompts(7) == ["0", "1", "2", "3", "4", "0", "1"]  # one in 8 of 40
+    trained = {
+        int(inputs.train.reader(path).sample(row).captions[0].states_LC[0, 0]) for path, row in train_places(inputs)
+    }
+    shown = [int(number) for number in told["text_states_BLC"][:, 0, 0]]
+    assert len(set(shown)) == 5 and not trained & set(shown)
+    with pytest.raises(ValueError, match="'a cat' is not the number of a stored caption, 0 to 4"):
+        inputs.condition.encode(["a cat"])
+    with pytest.raises(ValueError, match="'5' is not the number"):
+        inputs.condition.encode(["5"])
+
+
+def train_places(inputs):
+    return inputs.train.locate("train", 0, "64x64", np.arange(35))
+
+
+def losses(rank, world_size, path, first, last, overrides):
+    run = assembled(rank, world_size, *SHARDS, f"data.path={path}", "run.dtype=float64", "zero.stage=0", *overrides)
+    try:
+        return [make_step(run, step).values.tolist()[1] for step in range(first, last + 1)]
+    finally:
+        run.loader.close()
+
+
+def test_every_world_trains_on_the_same_samples(folder):
+    """Of several sizes: the losses of six steps, of which each updates the weights."""
+    (alone,) = run_ranks(losses, 1, folder, 1, 6, ())
+    assert len(set(alone)) == 6
+    for world_size, overrides in (
+        (2, ()),
+        (4, ("parallel.expert=2",)),
+        (4, ("parallel.tensor=2", "parallel.pipeline=2")),
+    ):
+        for found in run_ranks(losses, world_size, folder, 1, 6, overrides):
+            assert found == pytest.approx(alone, rel=1e-9)
+
+
+def test_a_run_goes_on_with_the_samples_that_come_next(folder, tmp_path):
+    """Stopped after step 3 on two ranks, on four from then on: metrics.jsonl says what was trained on."""
+
+    def train(name, world_size, steps):
+        overrides = (f"data.path={folder}", f"run.dir={tmp_path / name}", f"run.steps={steps}", "log.sample_ids=true")
+        ends = train_on(
+            world_size, "--config", CONFIG, *SHARDS, *overrides, "checkpoint.every=3", "optim.decay=constant"
+        )
+        assert [status for status, _ in ends] == [0] * world_size, ends[0][1]
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [(line["sample_ids"], line["loss"]) for line in map(json.loads, lines)]
+
+    whole = train("whole", 2, 6)
+    train("parts", 2, 3)
+    for (ids, loss), (expected_ids, expected) in zip(train("parts", 4, 6), whole, strict=True):
+        assert ids == expected_ids
+        assert loss == pytest.approx(expected, rel=2e-5)
