@@ -17,8 +17,8 @@ is to read. Everything is bfloat16.
 Pages are dropped by posix_fadvise, for which one need not be root. It empties this machine's memory, not the disk's
 own caches, so what a cold disk delivers is found with sets larger than both.
 
-The last lines are about an index of many samples, made up and without data: what opening it and finding the samples of
-many random steps adds to the memory of a new process at its peak: first of a thousandth of the samples, then of all.
+The first lines are about an index of many samples, made up and without data: what opening it and finding the samples of
+many random steps adds to the memory of the process at its peak, first of a thousandth of the samples, then of all.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.multiprocessing as multiprocessing
 
 from megadit.data.encoded import EncodedLoader
 from megadit.data.manifest import SHARDS_FOLDER, Bucket, Manifest, ShardEntry, shard_path, write_manifest
@@ -51,7 +50,7 @@ from megadit.planning.hardware import GPUS
 MODEL, GPU, EFFICIENCY = "ec-dit-xl", "h200", 0.5
 LATENT = (8, 32, 32)
 TEXTS = {"77 x 1024": (77, 1024), "256 x 4096": (256, 4096)}
-INDEX_BUCKETS, INDEX_SHARD, INDEX_STEPS = 5, 4096, 500
+INDEX_BUCKETS, INDEX_SHARD, INDEX_STEPS = 5, 4096, 250
 
 
 @dataclass(frozen=True)
@@ -215,10 +214,10 @@ def forget_peak() -> int:
     return memory("VmRSS")
 
 
-def index_row(entries: int, batch: int, folder: str) -> IndexRow:
-    """Of this process, which should have done nothing large before: freed memory would be used again."""
+def index_row(entries: int, batch: int, folder: Path) -> IndexRow:
+    """What is measured of one index; `folder` has an empty caption."""
     before = forget_peak()
-    mixture = Mixture([Source(Path(folder), made_up(entries))], Wanted(batch, length=77))
+    mixture = Mixture([Source(folder, made_up(entries))], Wanted(batch, length=77))
     loader = EncodedLoader(mixture, 0, 0, 1)
     steps = np.random.default_rng(0).integers(1, 10**7, INDEX_STEPS).tolist()
     began = time.perf_counter()
@@ -230,14 +229,11 @@ def index_row(entries: int, batch: int, folder: str) -> IndexRow:
 
 
 def measure_index(setting: Setting) -> list[IndexRow]:
-    """A thousandth of the entries, then all of them, in a new process."""
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool,
-    ):
+    """A thousandth of the entries, then all. Before anything large is done, for freed memory would be used again."""
+    with tempfile.TemporaryDirectory() as folder:
         write_empty(Path(folder), Caption(torch.zeros(1, 1024)))
-        each = (setting.entries // 1000, setting.entries)
-        return [pool.apply(index_row, (entries, setting.batch, folder)) for entries in each]
+        sizes = (setting.entries // 1000, setting.entries)
+        return [index_row(entries, setting.batch, Path(folder)) for entries in sizes]
 
 
 def arguments() -> argparse.Namespace:
@@ -273,18 +269,17 @@ def main() -> int:
     torch.set_num_threads(len(cores))
     setting = Setting(args.gigabytes, args.batch, args.threads, args.ahead, args.entries)
     print(f"{len(cores)} cores, steps of {args.batch} samples, {args.threads} threads, in {args.folder.resolve()}")
-    print(
-        f"{'text':<11} {'GPU':>7} {'cold':>8} {'GB/s':>6} {'of GPU':>7} {'warm':>8} {'GB/s':>6} {'of GPU':>7} from disk"
-    )
+    index = measure_index(setting)
+    for entry in index:
+        print(entry.line())
+    rates = " ".join(f"{name:>8} {'GB/s':>6} {'of GPU':>7}" for name in ("cold", "warm"))
+    print(f"{'text':<11} {'GPU':>7} {rates} from disk   CPU")
     rows = []
     for row in measure(args.folder, setting):
         rows.append(row)
         print(row.line(), flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"peak memory of the process that wrote and read them: {peak / 1e9:.2f} GB")
-    index = measure_index(setting)
-    for entry in index:
-        print(entry.line())
+    print(f"peak memory, writing the sets and reading them: {peak / 1e9:.2f} GB")
     if args.json is not None:
         told = {
             "setting": asdict(setting),
