@@ -24,6 +24,7 @@ from megadit.training.config import (
     RunConfig,
     check,
     check_inputs,
+    check_sizes,
     images_per_group,
     load_config,
     sampling_of,
@@ -52,15 +53,27 @@ class Sampler:
         return images_per_group(self.config)
 
     def draw(
-        self, prompts: Sequence[str], settings: SampleConfig, seed: int, first_index: int = 0, progress: Progress = iter
+        self,
+        prompts: Sequence[str],
+        settings: SampleConfig,
+        seed: int,
+        first_index: int = 0,
+        progress: Progress = iter,
+        size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """One image per prompt, [B, C, H, W]; see `generate`."""
+        """One image per prompt, [B, C, H, W]; see `generate`.
+
+        size: (H, W), None for a square of model.image_size. Raises ValueError for one that has no whole patches.
+        """
+        channels, *square = self.image_shape
+        height, width = size or square
+        check_sizes(self.config, [(height, width)])
         return generate(
             self.pipeline,
             self.condition,
             prompts,
-            self.image_shape,
-            sampling_of(self.config, settings, self.image_shape[1:]),
+            (channels, height, width),
+            sampling_of(self.config, settings, (height, width)),
             seed,
             self.config.dtype,
             first_index,
