@@ -26,6 +26,7 @@ from megadit.training.config import (
     RunConfig,
     check,
     check_inputs,
+    check_sizes,
     images_per_group,
     load_config,
     sampling_of,
@@ -63,14 +64,19 @@ class Sampler:
         progress: Progress = iter,
         size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """One image per prompt, [B, C, H, W], of `size` (height, width) if it is not `image_shape`; see `generate`."""
-        size = size or self.image_shape[1:]
+        """One image per prompt, [B, C, H, W]; see `generate`.
+
+        size: (H, W), None for a square of model.image_size. Raises ValueError for one that has no whole patches.
+        """
+        channels, *square = self.image_shape
+        height, width = size or square
+        check_sizes(self.config, [(height, width)])
         return generate(
             self.pipeline,
             self.condition,
             prompts,
-            (self.config.model.channels, *size),
-            sampling_of(self.config, settings, size),
+            (channels, height, width),
+            sampling_of(self.config, settings, (height, width)),
             seed,
             self.config.dtype,
             first_index,

@@ -11,6 +11,7 @@ from megadit import checkpoint
 from megadit.data.loader import open_dataset
 from megadit.parallel.grid import ParallelConfig
 from megadit.runtime.launch import Process
+from megadit.sampling.generate import SampleConfig, noise_of
 from megadit.training.build import named_parameters
 from megadit.training.config import check, images_per_group, load_config
 from megadit.training.evaluate import sample_pictures
@@ -87,6 +88,31 @@ def test_it_draws_the_pictures_that_the_trained_ranks_drew(world_size, parallel,
     pictures += [drawn for _, _, drawn in run_ranks(restored, world_size, folder, parallel)]
     for drawn in pictures[1:]:
         np.testing.assert_allclose(drawn, pictures[0], rtol=0, atol=1e-6)
+
+
+def drawn_at(rank, world_size, folder, size, pipeline):
+    """Pictures of this size, by the sampler, and by the whole network itself in one Euler step from their noise."""
+    sampler = open_sampler(folder, process(rank, world_size), ParallelConfig(pipeline=pipeline))
+    settings = SampleConfig("euler", steps=1, guidance=1.0)
+    pictures = sampler.draw(PROMPTS, settings, 5, size=size)
+    with pytest.raises(ValueError, match="8 x 7 cannot be cut into patches"):
+        sampler.draw(PROMPTS, settings, 5, size=(8, 7))
+    if pipeline > 1:
+        return pictures.numpy(), None
+    noise = noise_of(5, range(len(PROMPTS)), (1, *size)).float()
+    told = sampler.condition.encode(PROMPTS)
+    with torch.no_grad():
+        velocity = sampler.pipeline.stages[0](noise, timesteps_B=torch.ones(len(PROMPTS)), size=size, **told)
+    return pictures.numpy(), (noise - velocity).numpy()
+
+
+@pytest.mark.parametrize("size", [(12, 8), (4, 16)])
+def test_pictures_may_be_of_another_size(trained, size):
+    ((pictures, by_hand),) = run_ranks(drawn_at, 1, trained[0], size, 1)
+    assert pictures.shape == (3, 1, *size)
+    np.testing.assert_allclose(pictures, by_hand, rtol=0, atol=1e-5)
+    for cut, _ in run_ranks(drawn_at, 2, trained[0], size, 2):
+        np.testing.assert_allclose(cut, pictures, rtol=0, atol=1e-5)
 
 
 def test_bf16_weights_are_the_averages_rounded(tmp_path):
