@@ -34,7 +34,8 @@ from megadit.runtime.status import BAD_INPUT, FINISHED, LOST
 from megadit.runtime.stopping import StopRequests
 from megadit.runtime.watchdog import Watchdog
 from megadit.training.build import Inputs, Run, build_run, read_inputs
-from megadit.training.config import RunConfig, check, describe, fit, load_config
+from megadit.training.config import RunConfig, check, check_inputs, describe, fit, load_config
+from megadit.training.encode_first import encode_first
 from megadit.training.events import Events, append_event
 from megadit.training.initial import load_initial
 from megadit.training.loop import Ending, Oversight, prepare_directory, resume, train
@@ -132,12 +133,23 @@ def start(process: Process, path: str, overrides: Sequence[str], stops: StopRequ
         asked = load_config(path, overrides)
         config = fit(asked, process.world_size)
         layout = check(config, process.world_size)
-        inputs = read_inputs(config)
+        check_inputs(config)
     except ValueError as error:
         fault = str(error)
     if not agree(process, fault):
         return BAD_INPUT
-    assert asked is not None and config is not None and inputs is not None
+    assert asked is not None and config is not None
+    try:
+        config = encode_first(config, process, stops)
+        inputs = read_inputs(config)
+    except Ending as error:
+        logger.error("process %d: %s", process.rank, error)
+        return error.status
+    except ValueError as error:
+        fault = str(error)
+    if not agree(process, fault):
+        return BAD_INPUT
+    assert inputs is not None
     watchdog.watch(config.watchdog, config.directory, partial(append_event, config.directory, "lost"))
     if config.run.deterministic:
         use_deterministic_kernels()

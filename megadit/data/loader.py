@@ -20,14 +20,17 @@ from megadit.runtime.seed import stream
 class DataConfig:
     """The data set, the samples of one optimizer step over all ranks, and those of one forward pass on one rank."""
 
-    kind: Literal["digits", "arrays", "shards"] = "digits"
-    path: str = ""  # arrays: the .npz file; shards: the folder of an encoded data set
+    kind: Literal["digits", "arrays", "shards", "images"] = "digits"
+    # arrays: the .npz file; shards: the folder of an encoded data set; images: a folder, tar or parquet file, which is
+    # encoded at the start into the run's folder.
+    path: str = ""
+    resolution: int = 256  # images: pixels of a square's side, and so of the area of other shapes
     # shards, in place of `path`: several folders, and how often each is drawn, in any unit.
     sets: dict[str, float] = field(default_factory=dict)
     heldout: int = 100  # shards: one sample in so many is held out; 0: none
     small_buckets: Literal["error", "drop"] = "error"  # shards: what becomes of a bucket that fills no batch
     verify: bool = False  # shards: read all and compare checksums before the first step
-    autoencoder: str = ""  # shards: what the latents must be of, and pictures are decoded with; empty: what they are of
+    autoencoder: str = ""  # images: what encodes them; shards: what the latents must be of, and pictures are decoded with; empty: what they are of
     autoencoder_revision: str = ""
     threads: int = 2  # shards: that read, on each rank
     ahead: int = 4  # shards: steps that are read in advance
@@ -59,7 +62,7 @@ class Dataset(Protocol):
 
 def open_dataset(config: DataConfig, split: str, conditioning: Conditioning = "text") -> Dataset:
     """The "train" or "heldout" split of what is held in memory. Raises ValueError naming a file that cannot be read."""
-    assert config.kind != "shards", "those are read by a loader of their own"
+    assert config.kind in ("digits", "arrays"), "those are read by a loader of their own"
     if config.kind == "arrays":
         return Arrays(split, config.path, conditioning)
     return Digits(split, conditioning)

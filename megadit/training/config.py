@@ -403,11 +403,18 @@ def pooled_has_a_source(config: RunConfig, world_size: int) -> Iterator[str]:
 
 def data_is_named(config: RunConfig, world_size: int) -> Iterator[str]:
     data = config.data
-    if data.kind != "shards":
+    if data.kind not in ("shards", "images"):
         if data.sets:
             yield f"data.sets names encoded data sets, which data.kind={data.kind} does not read; use data.kind=shards"
         return
-    if bool(data.path) == bool(data.sets):
+    if data.kind == "images":
+        if not data.path or data.sets:
+            yield "data.kind=images encodes data.path, a folder, tar or parquet file; set it, and no data.sets"
+        if not data.autoencoder:
+            yield "data.kind=images needs data.autoencoder: name a folder or a model on the Hub"
+        if config.text.kind == "precomputed" and config.model.conditioning == "text":
+            yield "text.kind=precomputed names no encoder for data.kind=images; use text.kind=t5, clip or t5+clip"
+    elif bool(data.path) == bool(data.sets):
         yield "data.kind=shards reads one data set, data.path, or several with weights, data.sets; set one of the two"
     if data.heldout == 1:
         yield "data.heldout=1 holds every sample out; use 2 or more, or 0 for none"
@@ -415,7 +422,7 @@ def data_is_named(config: RunConfig, world_size: int) -> Iterator[str]:
         yield "data.heldout=0 leaves nothing to evaluate; use log.evaluate_every=0, or hold samples out"
     if config.model.conditioning == "text" and not config.text.is_frozen:
         yield (
-            "text.kind=builtin reads text, and data.kind=shards has states of frozen encoders; use text.kind=t5, clip, "
+            f"text.kind=builtin reads text, and data.kind={data.kind} has states of frozen encoders; use text.kind=t5, clip, "
             "t5+clip, or precomputed for whatever they are of"
         )
 
@@ -527,7 +534,7 @@ POSITIVE = {
               "attention_norm_eps", "feedforward_norm_eps"),
     "text": ("vocabulary", "width", "heads", "channels"),
     "parallel": ("tensor", "pipeline", "expert", "stages_per_rank"),
-    "data": ("global_batch", "threads"),
+    "data": ("global_batch", "threads", "resolution"),
     "objective": ("shift",),
     "optim": ("eps",),
     "sample": ("steps", "shift"),
@@ -647,7 +654,7 @@ def check(config: RunConfig, world_size: int) -> Layout:
 def check_inputs(config: RunConfig) -> None:
     """Raises ValueError for a network that can be converted, but not yet trained or drawn from."""
     model, faults = config.model, []
-    if model.conditioning == "text" and config.text.is_frozen and config.data.kind != "shards":
+    if model.conditioning == "text" and config.text.is_frozen and config.data.kind not in ("shards", "images"):
         faults.append(
             f"text.kind={config.text.kind} reads a frozen text encoder's states, which data.kind={config.data.kind} "
             "does not have; use data.kind=shards, or text.kind=builtin"

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+
 from megadit.data.manifest import MANIFEST_FILE
 from megadit.data.mixture import Mixture, Wanted, check_encoders, open_sources
+from megadit.encoders.frozen_text import FrozenText, load_encoders
 from megadit.training.config import RunConfig, check_sizes
 
 
@@ -56,6 +59,16 @@ def encoder_names(config: RunConfig) -> dict[str, str]:
         source, *_ = open_sources(list(config.data.sets) or [config.data.path])
         names = {**{identity["kind"]: identity["name"] for identity in source.manifest.text}, **_named(names)}
     return names
+
+
+def open_text_encoders(config: RunConfig, device: torch.device, online: bool = False) -> list[FrozenText]:
+    """The text encoders of text.kind=t5, clip or t5+clip. Raises ValueError for one that is not named or not there."""
+    text = config.text
+    assert text.kind != "builtin" and text.kind != "precomputed"
+    # Those of images are to be named: there is no data set yet.
+    names = encoder_names(config) if config.data.kind == "shards" else {"t5": text.t5, "clip": text.clip}
+    revisions = {"t5": text.t5_revision, "clip": text.clip_revision}
+    return load_encoders(text.kind, names, revisions, text.length, device, torch.float32, online)
 
 
 def autoencoder_name(config: RunConfig) -> str:

@@ -13,7 +13,6 @@ from megadit import checkpoint
 from megadit.data.stored import StoredCaptions
 from megadit.diffusion.sampler import Progress
 from megadit.encoders.condition import Captions, Condition, FrozenCaptions, Labels
-from megadit.encoders.frozen_text import load_encoders
 from megadit.encoders.tokenizer import Tokenizer
 from megadit.parallel.grid import Grid, ParallelConfig
 from megadit.parallel.pipeline.schedule import Pipeline
@@ -31,7 +30,7 @@ from megadit.training.config import (
     load_config,
     sampling_of,
 )
-from megadit.training.encoded import encoder_names, open_mixture
+from megadit.training.encoded import open_mixture, open_text_encoders
 from megadit.training.state import logical_tensor
 
 
@@ -150,6 +149,4 @@ def open_condition(config: RunConfig, directory: Path, device: torch.device, onl
         return Captions(Tokenizer.load(directory / TOKENIZER_FILE), text.length)
     if text.kind == "precomputed":
         return StoredCaptions(open_mixture(config))
-    names, revisions = encoder_names(config), {"t5": text.t5_revision, "clip": text.clip_revision}
-    encoders = load_encoders(text.kind, names, revisions, text.length, device, torch.float32, online)
-    return FrozenCaptions(encoders, text.too_long)
+    return FrozenCaptions(open_text_encoders(config, device, online), text.too_long)
