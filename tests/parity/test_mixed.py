@@ -12,6 +12,8 @@ from tests.parity.cases import Case, Layout
 from tests.parity.compared import assert_small, errors
 from tests.parity.mixed import OVERRIDES, start
 from tests.parity.training import CONFIG, result_of
+from tests.ranks import run_ranks
+from tests.training.assembled import make_step
 
 TOLERANCE = 1e-9  # relative
 SINCOS = ("model.positions=sincos",)
@@ -60,6 +62,35 @@ def test_a_layout_trains_on_several_sizes_as_one_process_does(name):
     assert_small(errors(found.parameters, expected.parameters), TOLERANCE, "parameters")
     for ours, theirs in zip(found.routing, expected.routing, strict=True):
         assert ours == pytest.approx(theirs, rel=TOLERANCE, abs=1e-12)
+
+
+def buffers_of(rank, world_size, overrides):
+    """Bytes of the buffers of each size after every step, and of the one that ran last."""
+    run, held = start(rank, world_size, overrides), []
+    for step in range(1, 5):
+        make_step(run, step)
+        sizes = [
+            sum(b.untyped_storage().nbytes() for stage in stages for b in stage.buffers) for stages in stages_of(run)
+        ]
+        held.append(
+            (sizes, sum(b.untyped_storage().nbytes() for stage in run.pipeline._holding for b in stage.buffers))
+        )
+    return held
+
+
+def stages_of(run):
+    return [stages for _, stages in run.pipeline._schedules.values()]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+def test_a_pipeline_holds_the_buffers_of_one_size(schedule):
+    overrides = ("parallel.pipeline=2", f"parallel.schedule={schedule}", "data.micro_batch=4")
+    for held in run_ranks(buffers_of, 2, overrides):
+        assert [len(sizes) for sizes, _ in held] == [1, 2, 3, 3]
+        for sizes, last in held:
+            assert sum(sizes) == last > 0 and sizes.count(0) == len(sizes) - 1
+        assert held[3][0] == [held[0][1], 0, 0], "the first size, which came again"
+        assert held[1][1] < held[0][1], "8 tokens, not 12"
 
 
 def test_the_cases_hold_every_axis_and_every_option():

@@ -5,7 +5,7 @@ With one stage, 1F1B is gradient accumulation, so a single process takes the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Stage(PipelineStage):
     def __init__(self, *args: Any, after_backward: Callable[[], None], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._after_backward = after_backward
+        self._released: list[tuple[torch.UntypedStorage, int]] = []
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Tensor | None = None, full_backward: bool = True, last_backward: bool = False
@@ -44,6 +45,26 @@ class Stage(PipelineStage):
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
         if self.has_backward:
             self._after_backward()
+
+    @property
+    def buffers(self) -> Iterator[Tensor]:
+        """Where it receives, and what stages of one rank handed one another last, for every microbatch."""
+        for row in (*self.args_recv_info.values(), *self.grad_recv_info.values()):
+            yield from (info.buffer for info in row if info.buffer is not None)
+
+    def release(self) -> None:
+        """Give the buffers' memory back between two steps, contents and all."""
+        for buffer in self.buffers:
+            storage = buffer.untyped_storage()
+            if storage.nbytes():  # else another one shares it
+                self._released.append((storage, storage.nbytes()))
+                storage.resize_(0)
+
+    def reclaim(self) -> None:
+        """Take as much memory again before a step."""
+        for storage, nbytes in self._released:
+            storage.resize_(nbytes)
+        self._released.clear()
 
     # Without a backward pass, a schedule still hands gradients between two stages of one rank: there are none.
 
@@ -84,8 +105,10 @@ class Pipeline:
         self.num_microbatches, self.schedule, self.after_backward = num_microbatches, schedule, after_backward
         self.num_stages = len(stages) * group.size
         self.indices = stage_indices(schedule, group.rank, group.size, len(stages))
-        # A schedule fixes the shapes of what it sends, so there is one for each shape.
-        self._schedules: dict[Any, Any] = {}
+        # A schedule fixes the shapes of what it sends, so there is one for each shape, with stages of its own. Only the
+        # one that ran last holds memory: with many shapes their buffers would outgrow the model.
+        self._schedules: dict[Any, tuple[Any, list[Stage]]] = {}
+        self._holding: list[Stage] = []
 
     @property
     def is_first(self) -> bool:
@@ -119,13 +142,21 @@ class Pipeline:
         if key not in self._schedules:
             stages = [self._stage(index, module) for index, module in zip(self.indices, self.stages, strict=True)]
             # scale_grads would divide p.grad after the fact, also what other steps accumulated: the loss divides.
-            self._schedules[key] = SCHEDULES[self.schedule](
+            schedule = SCHEDULES[self.schedule](
                 stages[0] if self.schedule == "1f1b" else stages,
                 num_microbatches,
                 loss_fn=self.loss if train else None,
                 scale_grads=False,
             )
-        return self._schedules[key]
+            self._schedules[key] = schedule, stages
+        schedule, stages = self._schedules[key]
+        if stages is not self._holding:
+            for stage in self._holding:
+                stage.release()
+            for stage in stages:
+                stage.reclaim()
+            self._holding = stages
+        return schedule
 
     def train(self, batch: Tensor, target: Tensor, keywords: dict[str, Any]) -> Tensor:
         """Forward and backward of all microbatches; gradients accumulate in `p.grad`.
