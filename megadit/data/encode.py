@@ -7,6 +7,7 @@ bytes. Between the beginning and the end ranks share nothing but a few counts in
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -26,6 +27,8 @@ from megadit.data.units import Contents
 from megadit.runtime.agreement import gathered, of_main, together
 from megadit.runtime.launch import Process
 from megadit.runtime.lock import hold
+
+logger = logging.getLogger("megadit")
 
 SILENCE_S = 3600.0  # without an image of any rank, at the end: one has died
 LOOK_S = 0.5  # between looks at what other ranks left in the store
@@ -195,6 +198,8 @@ def _encode_all(
 
 def index(process: Process, files: Sequence[SourceFile], readers: Readers, unit: int) -> list[Contents]:
     """What is in each file, each looked at by one rank. Collective. Raises ValueError."""
+    if process.is_main:
+        logger.info("looking through %d files", len(files))
     own: dict[int, Contents] = {}
     with together():
         for number in range(process.rank, len(files), process.world_size):

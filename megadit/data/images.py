@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import struct
-import zlib
 from typing import Any
 
 import numpy as np
@@ -16,8 +14,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # of the others, some start pro
 SUFFIXES = ("jpg", "jpeg", "png", "webp")
 MAX_PIXELS = 80_000_000  # just below where Pillow begins to warn
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"GIF8", b"BM")
-# What Pillow raises on damaged files, beyond OSError.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
 
 
 def bytes_limit(max_pixels: int) -> int:
@@ -38,11 +34,15 @@ def decode(content: bytes, min_size: int, max_pixels: int) -> Image.Image:
         image.load()
     except Image.DecompressionBombError as error:
         raise Unusable("decompression bomb", str(error)) from error
-    except _DAMAGE as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged files make Pillow raise whatever its arithmetic comes to
         raise _fault(content, error) from error
     try:
         return _in_rgb(_upright(image))
-    except _DAMAGE as error:
+    except MemoryError:
+        raise
+    except Exception as error:
         raise Unusable("damaged", str(error)) from error
 
 
@@ -58,7 +58,9 @@ def _open(content: bytes, max_pixels: int) -> Image.Image:
         if not content or content.startswith(_MAGIC):
             raise Unusable("truncated", f"{len(content)} bytes") from error
         raise Unusable("not an image", f"it begins with {content[:12]!r}") from error
-    except _DAMAGE as error:
+    except MemoryError:
+        raise
+    except Exception as error:
         raise _fault(content, error) from error
     if image.width * image.height > max_pixels:
         size = f"{image.height} x {image.width} pixels, of {max_pixels} that are allowed"
@@ -86,7 +88,7 @@ def _is_cut(content: bytes) -> bool:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except _DAMAGE:  # EXIF that cannot be read says nothing about the orientation
+    except Exception:  # EXIF that cannot be read says nothing about the orientation
         return image
 
 

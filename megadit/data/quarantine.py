@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -42,7 +43,8 @@ class Unusable(Exception):
 
     def __init__(self, reason: Reason, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason, self.detail = reason, detail
+        # Addresses in memory, which some libraries name, differ from run to run.
+        self.reason, self.detail = reason, re.sub(r" at 0x[0-9a-fA-F]+", "", detail)
 
     def of(self, key: str) -> Bad:
         """The sample of this key, left out for this reason."""

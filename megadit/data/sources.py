@@ -7,6 +7,7 @@ gives the samples of one. None of them depends on the number of ranks, and no fi
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,9 +60,9 @@ def find(sources: Sequence[str | Path]) -> list[SourceFile]:
         found += below
     if not found:
         raise ValueError("no sources: name tars, parquet files or folders")
-    twice = next((path for i, (path, _) in enumerate(found) if path in {before for before, _ in found[:i]}), None)
-    if twice is not None:
-        raise ValueError(f"{twice} is among the sources twice")
+    twice = [path for path, count in Counter(path for path, _ in found).items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is among the sources twice")
     root = os.path.commonpath([path.parent for path in paths])
     return [SourceFile(_text(os.path.relpath(path, root)), path, kind) for path, kind in found]
 
@@ -150,4 +151,5 @@ class Readers:
             else:
                 yield Bad(key, sample.reason, _text(sample.detail))
             count += 1
-        assert count == unit.count, f"{unit.file.path} has changed while it was read"
+        if count != unit.count:
+            raise OSError(f"{unit.file.path} has changed since the encoding began")

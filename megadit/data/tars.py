@@ -72,18 +72,15 @@ def _read(file: BinaryIO, group: _Group, max_bytes: int) -> Raw:
     image = next((suffix for suffix in SUFFIXES if suffix in group.members), None)
     if image is None:
         raise Unusable("no image", f"its members: {', '.join(sorted(group.members))}")
-    told = [_content(file, group.members.get(suffix), 1 << 24) for suffix in ("txt", "json")]
-    content = _content(file, group.members[image], max_bytes)
-    assert content is not None
-    return Raw(group.key, content, of_sidecars(*told))
+    if group.members[image][1] > max_bytes:
+        raise Unusable("decompression bomb", f"{group.members[image][1]} bytes")
+    text, fields = (
+        _content(file, *group.members[suffix]) if suffix in group.members else None for suffix in ("txt", "json")
+    )
+    return Raw(group.key, _content(file, *group.members[image]), of_sidecars(text, fields))
 
 
-def _content(file: BinaryIO, place: tuple[int, int] | None, max_bytes: int) -> bytes | None:
-    if place is None:
-        return None
-    offset, size = place
-    if size > max_bytes:
-        raise Unusable("decompression bomb", f"{size} bytes")
+def _content(file: BinaryIO, offset: int, size: int) -> bytes:
     file.seek(offset)
     content = b""
     while len(content) < size and (more := file.read(size - len(content))):
@@ -125,10 +122,10 @@ def _members(file: BinaryIO, start: int) -> Iterator[tarfile.TarInfo | _Damage]:
                 yield info
         file.seek(headers.offset)
         block = file.read(BLOCK)
-        if len(block) < BLOCK:
-            break
-        offset = _next_header(file, headers.offset + BLOCK)
         marks_end = block.count(0) == BLOCK
+        if len(block) < BLOCK or (marks_end and len(file.read(BLOCK)) < BLOCK):
+            break  # two blocks of zeros mark the end
+        offset = _next_header(file, headers.offset + BLOCK)
         if not marks_end or offset is not None:
             detail = f"{'the mark of an end' if marks_end else 'no header'} at byte {headers.offset}"
             yield _Damage(Bad(f"@{headers.offset}", "bad tar member", detail), headers.offset)
@@ -167,8 +164,9 @@ class _Headers:
                 tar.members = []  # type: ignore[attr-defined]  # it would remember them all
                 yield info
                 self.offset = tar.offset
-        # What tarfile raises on damaged headers.
-        except (tarfile.TarError, ValueError, OverflowError, EOFError, IndexError):
+        except (OSError, MemoryError):
+            raise
+        except Exception:  # damaged headers make tarfile raise whatever its arithmetic comes to
             return
 
 
