@@ -246,9 +246,7 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=4, help="of the latents (default: %(default)s)")
     args = parser.parse_args()
     made = (
-        make_autoencoder(
-            args.folder / "vae", args.channels, downscale=8, scaling_factor=4.0
-        ),  # to unit variance, about
+        make_autoencoder(args.folder / "vae", args.channels, downscale=8, scaling_factor=4.0),  # to about unit variance
         make_t5(args.folder / "t5"),
         make_clip(args.folder / "clip"),
     )

@@ -30,7 +30,8 @@ class DataConfig:
     heldout: int = 100  # shards: one sample in so many is held out; 0: none
     small_buckets: Literal["error", "drop"] = "error"  # shards: what becomes of a bucket that fills no batch
     verify: bool = False  # shards: read all and compare checksums before the first step
-    autoencoder: str = ""  # images: what encodes them; shards: what the latents must be of, and pictures are decoded with; empty: what they are of
+    # images: what encodes them; shards: what the latents must be of, and pictures are decoded with, if it is named.
+    autoencoder: str = ""
     autoencoder_revision: str = ""
     threads: int = 2  # shards: that read, on each rank
     ahead: int = 4  # shards: steps that are read in advance

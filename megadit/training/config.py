@@ -422,8 +422,8 @@ def data_is_named(config: RunConfig, world_size: int) -> Iterator[str]:
         yield "data.heldout=0 leaves nothing to evaluate; use log.evaluate_every=0, or hold samples out"
     if config.model.conditioning == "text" and not config.text.is_frozen:
         yield (
-            f"text.kind=builtin reads text, and data.kind={data.kind} has states of frozen encoders; use text.kind=t5, clip, "
-            "t5+clip, or precomputed for whatever they are of"
+            f"text.kind=builtin reads text, and data.kind={data.kind} has states of frozen encoders; use text.kind=t5, "
+            "clip, t5+clip, or precomputed for whatever they are of"
         )
 
 

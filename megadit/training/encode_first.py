@@ -7,7 +7,6 @@ the end needs no encoder any more.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -18,6 +17,7 @@ from megadit.runtime.launch import Process
 from megadit.runtime.status import LOST
 from megadit.runtime.stopping import StopRequests
 from megadit.training.config import RunConfig
+from megadit.training.encoded import open_text_encoders
 from megadit.training.loop import Ending, Stopped
 
 ENCODED_FOLDER = "encoded"  # in a run's folder
@@ -44,18 +44,12 @@ def encode_first(config: RunConfig, process: Process, stops: StopRequests) -> Ru
         from megadit.data.encode_unit import EncodeConfig
         from megadit.data.frozen import Frozen
         from megadit.encoders.autoencoder import Autoencoder
-        from megadit.encoders.frozen_text import load_encoders
 
-        data, text, device = config.data, config.text, process.device
+        data, device = config.data, process.device
         with together():
             autoencoder = Autoencoder.load(data.autoencoder, device, torch.float32, data.autoencoder_revision)
-            sources, revisions = (
-                {"t5": text.t5, "clip": text.clip},
-                {"t5": text.t5_revision, "clip": text.clip_revision},
-            )
             by_class = config.model.conditioning == "class"
-            load = partial(load_encoders, text.kind, sources, revisions, text.length, device, torch.float32)
-            encoders = {encoder.kind: encoder for encoder in ([] if by_class else load())}
+            encoders = {encoder.kind: encoder for encoder in ([] if by_class else open_text_encoders(config, device))}
         settings = EncodeConfig(
             BucketRule((data.resolution,), autoencoder.downscale * config.model.patch),
             dtype=torch.bfloat16 if config.run.dtype == "bfloat16" else torch.float32,
