@@ -241,7 +241,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=3.0, help="of each data set (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=256, help="samples of a step (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="that read ahead (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=4, help="that read ahead (default: %(default)s)")
     parser.add_argument("--ahead", type=int, default=4, help="steps that are read ahead (default: %(default)s)")
     parser.add_argument("--cores", type=int, default=2, help="that the benchmark may use (default: %(default)s)")
     parser.add_argument("--entries", type=int, default=10**7, help="samples of the index (default: %(default)s)")

@@ -24,7 +24,7 @@ from megadit.runtime.seed import stream
 class EncodedLoader:
     """One data-parallel rank's share of each step: consecutive samples of the global batch, all in one bucket."""
 
-    def __init__(self, mixture: Mixture, seed: int, rank: int, size: int, threads: int = 2, ahead: int = 4) -> None:
+    def __init__(self, mixture: Mixture, seed: int, rank: int, size: int, threads: int = 4, ahead: int = 4) -> None:
         """`rank` and `size` are those of the data-parallel group. `ahead`: steps that `threads` read in advance."""
         global_batch = mixture.wanted.global_batch
         assert global_batch % size == 0, f"{global_batch} samples over {size} ranks"
