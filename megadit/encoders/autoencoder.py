@@ -32,8 +32,11 @@ class Autoencoder:
     def __init__(self, network: Any, identity: Mapping[str, Any]) -> None:
         """`network` is an AutoencoderKL; it is frozen here. Raises ValueError for a config that has no meaning here."""
         check_config(network.config, str(identity.get("name", CLASS)), network.dtype)
-        # Channels last: convolutions take half of the time on a CPU.
-        self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.network = network.eval().requires_grad_(False)
+        # Channels last takes a fifth off the time, but sums in another order: float32 stays diffusers' own.
+        exact = network.dtype == torch.float32
+        self._layout = torch.contiguous_format if exact else torch.channels_last
+        self.network.to(memory_format=self._layout)
         self.channels = int(network.config.latent_channels)
         self.downscale = 2 ** (len(network.config.block_out_channels) - 1)
         self.scale, self.shift = float(network.config.scaling_factor), float(network.config.shift_factor or 0)
@@ -80,7 +83,7 @@ class Autoencoder:
         """
         self._check_pixels(pixels_BCHW)
         assert generators is None or len(generators) == len(pixels_BCHW), "one generator per image"
-        pixels_BCHW = pixels_BCHW.to(self.network.device, self.network.dtype, memory_format=torch.channels_last)
+        pixels_BCHW = pixels_BCHW.to(self.network.device, self.network.dtype, memory_format=self._layout)
         posterior = self.network.encode(pixels_BCHW).latent_dist
         # In float32 whatever the network's precision is: bfloat16 would round the noise and the sum.
         posterior = type(posterior)(posterior.parameters.float())

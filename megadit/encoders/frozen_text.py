@@ -240,6 +240,7 @@ def tokenizer_files(folder: Path, family: Family) -> list[Path]:
 def quiet() -> Iterator[None]:
     """transformers without its bars and its table of weights that the encoder does not need."""
     try:
+        import transformers  # noqa: F401 (the package first: what it lacks is said here)
         from transformers.utils import logging
     except ImportError as error:
         raise missing_package(error) from error

@@ -35,7 +35,7 @@ class Source:
         Raises ValueError that says how to get the model when it is not here.
         """
         folder = Path(self.name).expanduser()
-        if folder.is_dir():
+        if self.name and folder.is_dir():
             if self.revision:
                 raise ValueError(f"{self.name} is a folder, which has no revision {self.revision!r}; name none")
             return folder

@@ -13,6 +13,30 @@ from typing import Any
 import sentencepiece
 import torch
 
+# As published beside T5's spiece.model and CLIP's vocab.json.
+T5_TOKENIZER = {
+    "additional_special_tokens": [f"<extra_id_{i}>" for i in range(100)],
+    "eos_token": "</s>",
+    "extra_ids": 100,
+    "model_max_length": 512,
+    "pad_token": "<pad>",
+    "sp_model_kwargs": {},
+    "tokenizer_class": "T5Tokenizer",
+    "unk_token": "<unk>",
+}
+CLIP_TOKENIZER = {
+    "add_prefix_space": False,
+    "bos_token": "<|startoftext|>",
+    "do_lower_case": True,
+    "eos_token": "<|endoftext|>",
+    "errors": "replace",
+    "model_max_length": 77,
+    "name_or_path": "openai/clip-vit-large-patch14",
+    "pad_token": "<|endoftext|>",
+    "special_tokens_map_file": "./special_tokens_map.json",
+    "tokenizer_class": "CLIPTokenizer",
+    "unk_token": "<|endoftext|>",
+}
 TEXT = """
 a the of with and in on two three red green blue small large bright dark photo painting drawing cat dog bird
 horse flower tree house street mountain river sky sea stone coffee cup rocket camera man woman child astronaut
@@ -91,6 +115,7 @@ def make_t5(
     files = tokenizer or folder
     files.mkdir(parents=True, exist_ok=True)
     (files / "spiece.model").write_bytes(model)
+    (files / "tokenizer_config.json").write_text(json.dumps(T5_TOKENIZER))
     return folder
 
 
@@ -130,6 +155,7 @@ def make_clip(
     files.mkdir(parents=True, exist_ok=True)
     (files / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     (files / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    (files / "tokenizer_config.json").write_text(json.dumps(CLIP_TOKENIZER))
     return folder
 
 
