@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -145,11 +146,14 @@ def open_manifest(folder: Path, verify: bool = False) -> Manifest:
         found = content.get("format") if isinstance(content, dict) else None
         raise ValueError(f"{path} is of format {found}, this version reads format {FORMAT}; encode the data set again")
     manifest = _parse(path, content)
-    if manifest.text and file_sha256(folder / EMPTY_FILE) != content.get("empty_sha256"):
-        raise ValueError(f"{folder / EMPTY_FILE} has changed since the data set was encoded; {AGAIN}")
+    told: dict[str, Spec] = {}
+    if manifest.text:
+        if file_sha256(folder / EMPTY_FILE) != content.get("empty_sha256"):
+            raise ValueError(f"{folder / EMPTY_FILE} has changed since the data set was encoded; {AGAIN}")
+        told = {name: entry.spec for name, entry in read_header(folder / EMPTY_FILE).items()}
     for bucket in manifest.buckets:
         for shard in bucket.shards:
-            _check_shard(shard_path(folder, shard.file), shard, bucket, manifest, verify)
+            _check_shard(shard_path(folder, shard.file), bucket, shard, manifest.dtype, told, verify)
     return manifest
 
 
@@ -198,7 +202,10 @@ def _parse(path: Path, content: dict[str, Any]) -> Manifest:
     return manifest
 
 
-def _check_shard(path: Path, shard: ShardEntry, bucket: Bucket, manifest: Manifest, verify: bool) -> None:
+def _check_shard(
+    path: Path, bucket: Bucket, shard: ShardEntry, dtype: str, told: Mapping[str, Spec], verify: bool
+) -> None:
+    """`told`: the tensors of the empty caption, of the widths that every caption has."""
     try:
         size = path.stat().st_size
     except OSError as error:
@@ -208,20 +215,23 @@ def _check_shard(path: Path, shard: ShardEntry, bucket: Bucket, manifest: Manife
     if header_sha256(path) != shard.header_sha256:
         raise ValueError(f"{path}: its header is not the one that was written: it has changed; {AGAIN}")
     found = {name: entry.spec for name, entry in read_header(path).items()}
-    for name, spec in _expected(shard, bucket, manifest).items():
+    for name, spec in _expected(bucket, shard, DTYPES[dtype]).items():
         if name not in found or found[name] != spec:
             raise ValueError(f"{path}: {name} is {found.get(name, 'missing')}, the manifest says {spec}; {AGAIN}")
+    for name, spec in told.items() if shard.captions else ():
+        if name not in found or found[name].shape[1:] != spec.shape[-1:] or found[name].dtype != DTYPES[dtype]:
+            raise ValueError(
+                f"{path}: {name} is {found.get(name, 'missing')}, but {spec} in the empty caption and {dtype} in the "
+                f"manifest; {AGAIN}"
+            )
     if verify and file_sha256(path) != shard.sha256:
         raise ValueError(f"{path}: its content has changed since it was written; {AGAIN}")
 
 
-def _expected(shard: ShardEntry, bucket: Bucket, manifest: Manifest) -> dict[str, Spec]:
+def _expected(bucket: Bucket, shard: ShardEntry, dtype: torch.dtype) -> dict[str, Spec]:
     """The shard's tensors whose shapes the manifest knows."""
     samples, captions = shard.samples, shard.captions
-    specs = {
-        "latents": Spec((samples, *bucket.latent), DTYPES[manifest.dtype]),
-        "key_begin": Spec((samples + 1,), torch.int64),
-    }
+    specs = {"latents": Spec((samples, *bucket.latent), dtype), "key_begin": Spec((samples + 1,), torch.int64)}
     if shard.classes:
         specs["labels"] = Spec((samples,), torch.int64)
     if captions:

@@ -152,7 +152,7 @@ def read_empty(folder: Path) -> Caption:
     return Caption(reader.whole("states"), None if pooled is None else reader.whole("pooled"))
 
 
-def _described(entries: dict[str, Entry]) -> str:
+def _described(entries: Mapping[str, Entry]) -> str:
     return ", ".join(f"{name} {entry.spec}" for name, entry in sorted(entries.items())) or "no tensors"
 
 
@@ -165,11 +165,19 @@ class _Reader:
     is an error, not a signal that ends the process.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Raises ValueError naming the file unless its header is whole."""
+    def __init__(self, path: Path, entries: Mapping[str, Entry] | None = None) -> None:
+        """`entries`: what an earlier reader found, for reading a header takes longer than reading a sample. Raises
+        ValueError naming the file unless its header is whole.
+        """
         self.path = path
-        self.entries = read_header(path)
-        self._file = os.open(path, os.O_RDONLY)
+        self.entries = read_header(path) if entries is None else entries
+        self._row_bytes = {
+            name: math.prod(entry.spec.shape[1:]) * entry.spec.dtype.itemsize for name, entry in self.entries.items()
+        }
+        try:
+            self._file = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise ValueError(f"{path} is missing or cannot be read ({error.strerror}); {AGAIN}") from error
         weakref.finalize(self, os.close, self._file)  # whoever still reads keeps the file open
         self._map = mmap.mmap(self._file, 0, access=mmap.ACCESS_READ)
 
@@ -180,8 +188,8 @@ class _Reader:
 
     def row_bytes(self, name: str) -> int:
         """Bytes of one row of a tensor."""
-        spec = self._entry(name).spec
-        return math.prod(spec.shape[1:]) * spec.dtype.itemsize
+        self._entry(name)
+        return self._row_bytes[name]
 
     def read_rows(self, name: str, begin: int, out: memoryview) -> None:
         """Fill bytes with a tensor's rows from `begin` on. Raises ValueError when the file ends before."""
@@ -217,9 +225,9 @@ def bytes_of(tensor: Tensor) -> memoryview:
 class ShardReader(_Reader):
     """An open shard. Any number of threads may read it."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises ValueError naming the file for what is no shard."""
-        super().__init__(path)
+    def __init__(self, path: Path, entries: Mapping[str, Entry] | None = None) -> None:
+        """`entries`: of an earlier reader of it. Raises ValueError naming the file for what is no shard."""
+        super().__init__(path, entries)
         self._key_begin = self._begins("key_begin", self._entry("keys").spec.shape[0])
         if len(self._key_begin) != self._entry("latents").spec.shape[0] + 1:
             raise ValueError(f"{path} is damaged: {_described(self.entries)}; {AGAIN}")

@@ -1,5 +1,6 @@
 """What is written is read, byte for byte, also by the safetensors library; what has changed is refused by name."""
 
+import hashlib
 import json
 import os
 
@@ -141,10 +142,8 @@ def test_a_manifest_says_what_is_there(tmp_path):
     assert (content["format"], content["samples"], content["captions"]) == (1, 11, 22)
     assert [bucket["samples"] for bucket in content["buckets"]] == [7, 4]
     empty = read_empty(folder)
-    assert_same(
-        Sample("", torch.zeros(1), [empty]),
-        Sample("", torch.zeros(1), make_sample(10**6, LATENT).captions[:0] or [empty]),
-    )
+    written = make_sample(10**6, BUCKETS[64, 64], torch.bfloat16, captions=1, pooled=True).captions[0]
+    assert torch.equal(empty.states_LC, written.states_LC) and torch.equal(empty.pooled_P, written.pooled_P)
 
 
 def test_writing_a_manifest_that_was_read_changes_nothing(tmp_path):
@@ -178,8 +177,6 @@ def lie(folder):
     content = path.read_bytes()
     assert b"[5, 2, 4, 4]" in content
     path.write_bytes(content.replace(b"[5, 2, 4, 4]", b"[5, 2, 2, 8]"))
-    import hashlib
-
     length = int.from_bytes(content[:8], "little")
     sha = hashlib.sha256(path.read_bytes()[: 8 + length]).hexdigest()
     edit(lambda manifest: manifest["buckets"][0]["shards"][0].update(header_sha256=sha))(folder)
