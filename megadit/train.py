@@ -25,6 +25,7 @@ from typing import IO
 
 import torch.distributed as dist
 
+from megadit.data.mixture import Mixture
 from megadit.runtime.agreement import gathered
 from megadit.runtime.launch import LaunchError, NotMet, Process, discover, process_group
 from megadit.runtime.lock import hold
@@ -205,6 +206,8 @@ def introduce(run: Run, asked: RunConfig, progress: Progress, events: Events) ->
     reason = "a new run" if begins else f"from the checkpoint of step {progress.step}"
     events.tell("start" if begins else "resume", progress.step, reason, layout=asdict(layout),
                 world_size=process.world_size, hosts=hosts)  # fmt: skip
+    if process.is_main and isinstance(run.inputs.train, Mixture) and (cut := run.inputs.train.num_too_long()):
+        logger.warning("%d stored captions are cut to text.length=%d tokens", cut, config.text.length)
     parameters = sum(parameter.numel() for _, parameter in run.named)
     logger.info("%s: %s, %s, %s, %d parameters on process 0", config.directory, layout, process.device.type,
                 config.run.dtype, parameters)  # fmt: skip

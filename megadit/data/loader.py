@@ -33,7 +33,7 @@ class DataConfig:
     # images: what encodes them; shards: what the latents must be of, and pictures are decoded with, if it is named.
     autoencoder: str = ""
     autoencoder_revision: str = ""
-    threads: int = 2  # shards: that read, on each rank
+    threads: int = 4  # shards: that read, on each rank
     ahead: int = 4  # shards: steps that are read in advance
     global_batch: int = 256
     micro_batch: int = 0  # 0: as large as there are pipeline stages to fill, one microbatch each

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ from megadit.data.manifest import MANIFEST_FILE
 from megadit.data.mixture import Mixture, Wanted, check_encoders, open_sources
 from megadit.encoders.frozen_text import FrozenText, load_encoders
 from megadit.training.config import RunConfig, check_sizes
+
+logger = logging.getLogger("megadit")
 
 
 def open_mixture(config: RunConfig) -> Mixture:
@@ -40,6 +43,8 @@ def open_mixture(config: RunConfig) -> Mixture:
     if faults:
         raise ValueError("; ".join(faults))
     check_sizes(config, [bucket.latent[1:] for bucket in mixture.buckets])
+    if mixture.dropped:
+        logger.warning("left out, for they do not fill a batch: buckets %s", ", ".join(mixture.dropped))
     return mixture
 
 
