@@ -212,6 +212,8 @@ def run(args: argparse.Namespace, process: Process, stops: StopRequests) -> None
     from megadit.runtime.agreement import together
 
     with together():
+        if args.device == "cuda" and process.device.type != "cuda":
+            raise ValueError("--device cuda, but torch sees no CUDA device here")
         frozen = load(args, process.device)
         config = config_of(args, frozen.autoencoder.downscale)
     progress = Progress()
@@ -269,8 +271,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(args)
         with process_group(INDEXING) as process:
             setup_logging(process.rank)
-            if args.device == "cuda" and process.device.type != "cuda":
-                raise ValueError("--device cuda, but torch sees no CUDA device here")
             return attempt(args, process, stops)
     except LaunchError as error:
         print(f"encode_dataset: {error}", file=sys.stderr)
