@@ -13,7 +13,7 @@ what is larger than the machine's own noise: look at its quartiles.
   share       inside over step, in percent
   longer      percent of a step that a step is longer with the guard: median and quartiles over the rounds
 
-The last line adds the shares of the guards that are on by default.
+The last line adds the shares of those that are there in every step.
 
   watchdog    heartbeats and progress; inside: the processor time of its two threads
   finite      a look at all gradients before they are summed, in every step
@@ -147,7 +147,7 @@ GUARDS: dict[str, tuple[Guard, Guard]] = {  # without it, with it
     "spikes": (nothing, spikes),
     "checksums": (nothing, checksums),
 }
-OFF_BY_DEFAULT = ("checksums",)
+NOT_EVERY_STEP = ("checksums",)
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ def main() -> None:
     for row in rows:
         print(row.text())
     print(
-        f"on by default, together: {sum(row.share for row in rows if row.name not in OFF_BY_DEFAULT):.2f} % of a step"
+        f"in every step, together: {sum(row.share for row in rows if row.name not in NOT_EVERY_STEP):.2f} % of a step"
     )
     if args.json:
         Path(args.json).write_text(json.dumps({"setting": asdict(setting), "rows": [asdict(row) for row in rows]}))
