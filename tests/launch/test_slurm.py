@@ -9,10 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from megadit.data.manifest import open_manifest, shard_path
+from megadit.data.shards import ShardReader
 from megadit.runtime.status import BAD_INPUT, DIVERGED, LOST, STOPPED
 from tests.launch.environment import environ, need_programs
 from tests.launch.slurm import NODES, PROGRAMS, Cluster
+from tools.tiny_encoders import make_autoencoder
 
 TRAIN = "examples/slurm/train.sbatch"
 FOUR_TASKS = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1"]
@@ -102,6 +106,32 @@ def test_ablations(cluster, activate, training, tmp_path):
     assert len(list((tmp_path / "runs").glob("*/checkpoints/step_00000002"))) == 2, job.output()
 
 
+def test_an_encoding_is_stopped_and_goes_on(cluster, activate, tmp_path):
+    """On four tasks of two nodes; SIGUSR1, as before the time limit, when some units are done."""
+    images, out = tmp_path / "images", tmp_path / "encoded"
+    images.mkdir()
+    for number in range(120):
+        picture = Image.effect_noise((64, 64), 50 + number).convert("RGB")
+        picture.save(images / f"{number:03d}.jpg")
+        (images / f"{number:03d}.json").write_text(f'{{"label": {number % 3}}}')
+    make_autoencoder(tmp_path / "vae", downscale=8, width=4, layers=0)
+    options = ["--autoencoder", tmp_path / "vae", "--resolution", "64", "--unit", "2", "--batch", "2"]
+    command = [*FOUR_TASKS, "examples/slurm/encode.sbatch", images, *options]
+    job = cluster.submit(*command, OUT=out, ACTIVATE=activate)
+    wait_for(job, lambda: len(list(out.glob("units/*.json"))) >= 4)
+    cluster.run("scancel", "--signal=USR1", job.number)
+    assert job.wait() == "COMPLETED", job.output()
+    assert job.field("Restarts") == "1", job.output()
+    assert f"status {STOPPED}: queued again" in job.output()
+    manifest = open_manifest(out, verify=True)
+    keys = [reader.key(i) for reader in shard_readers(out, manifest) for i in range(len(reader))]
+    assert sorted(keys) == [f"{number:03d}" for number in range(120)]
+
+
+def shard_readers(folder, manifest):
+    return [ShardReader(shard_path(folder, shard.file)) for bucket in manifest.buckets for shard in bucket.shards]
+
+
 def test_what_would_come_again_is_not_queued_again(cluster, pretend, tmp_path):
     job = cluster.submit(*FOUR_TASKS, TRAIN, "X", RUN_DIR=tmp_path / "run", ACTIVATE=pretend(f"exit {DIVERGED}"))
     assert job.wait() == "FAILED"
@@ -162,6 +192,8 @@ def test_a_refused_job_says_what_to_set(cluster, tmp_path):
         (TRAIN, ["X"], {"ACTIVATE": "setup.py", "CONTAINER": "apptainer", "IMAGE": "i"}, "set RUN_DIR to the run's"),
         (TRAIN, [], {"CONTAINER": "apptainer", "IMAGE": "i", "RUN_DIR": "r"}, "usage: sbatch"),
         ("examples/slurm/convert.sbatch", ["X"], {"CONTAINER": "pyxis", "IMAGE": "i"}, "usage: sbatch"),
+        ("examples/slurm/encode.sbatch", ["X"], {"CONTAINER": "pyxis", "IMAGE": "i"}, "set OUT to the data set"),
+        ("examples/slurm/encode.sbatch", [], {"CONTAINER": "pyxis", "IMAGE": "i", "OUT": "o"}, "usage: sbatch"),
         ("examples/slurm/ablations.sbatch", ["X", "README.md"], {"RUN_DIR": "r"}, "not a job array"),
         ("examples/slurm/ablations.sbatch", ["X"], {"RUN_DIR": "r", "SLURM_ARRAY_TASK_ID": 1}, "usage: sbatch"),
         ("examples/slurm/ablations.sbatch", ["X", "examples/slurm/ablations.txt"],
