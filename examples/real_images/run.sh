@@ -15,7 +15,7 @@ shift || true
 : "${AUTOENCODER:=$folder/encoders/vae}" "${T5:=$folder/encoders/t5}" "${CLIP:=$folder/encoders/clip}"
 
 # shellcheck source=examples/setup.sh
-REQUIREMENTS=requirements.txt source examples/setup.sh
+REQUIREMENTS=requirements-test.txt source examples/setup.sh
 if [[ $(python -c 'import torch; print(torch.cuda.device_count())') -lt 2 ]]; then
     export CUDA_VISIBLE_DEVICES="" DS_ACCELERATOR=cpu # two ranks cannot share a GPU
 fi
@@ -30,7 +30,7 @@ if [[ ! -e $AUTOENCODER ]]; then
 fi
 if [[ ! -e $folder/encoded/manifest.json ]]; then
     torchrun --standalone --nproc-per-node 2 tools/encode_dataset.py "$folder/tars" --out "$folder/encoded" \
-        --autoencoder "$AUTOENCODER" --t5 "$T5" --clip "$CLIP" --resolution "$RESOLUTION" --patch 1 --text-length 48
+        --autoencoder "$AUTOENCODER" --t5 "$T5" --clip "$CLIP" --resolution "$RESOLUTION" --patch 2 --text-length 48
 fi
 torchrun --standalone --nproc-per-node 2 -m megadit.train --config examples/real_images/train.yaml \
     run.dir="$folder/run" data.path="$folder/encoded" parallel.expert=2 "$@"
