@@ -50,9 +50,10 @@ PATIENCE_S = 1200.0  # for another training in the same folder to end
 ENDINGS = """exit statuses:
   0    the last step is done and saved
   1    the run diverges: too many losses or gradients are not finite, or spikes
-  2    the input was refused, and nothing was written
+  2    the input was refused, and nothing was written (but with data.kind=images, what was encoded)
   3    the last step is done, its checkpoint could not be written
-  75   stopped by SIGTERM, SIGUSR1 or guard.time_limit, with a checkpoint of the last step: start again to go on
+  75   stopped by SIGTERM, SIGUSR1 or guard.time_limit, with a checkpoint of the last step, or while images are encoded
+       with what is done: start again to go on
   76   a rank died, hangs, raised or has other parameters than its replicas: start again, from the newest checkpoint
 """
 
@@ -140,6 +141,7 @@ def start(process: Process, path: str, overrides: Sequence[str], stops: StopRequ
     if not agree(process, fault):
         return BAD_INPUT
     assert asked is not None and config is not None
+    stops.limit(60 * config.guard.time_limit)
     try:
         config = encode_first(config, process, stops)
         inputs = read_inputs(config)
@@ -178,7 +180,7 @@ def start(process: Process, path: str, overrides: Sequence[str], stops: StopRequ
         return FINISHED
     assert events is not None
     introduce(run, asked, progress, events)
-    stops.begin(60 * config.guard.time_limit)
+    stops.begin()
     try:
         train(run, progress, Oversight(events, stops, watchdog.progress))
     except Ending as error:

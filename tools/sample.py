@@ -22,12 +22,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megadit.data.loader import open_dataset
+from megadit.data.stored import StoredCaptions
+from megadit.encoders.condition import Condition
 from megadit.runtime.launch import process_group
 from megadit.runtime.log import setup_logging
 from megadit.sampling.generate import SampleConfig
 from megadit.sampling.picture import save_grid
 from megadit.training.config import RunConfig
-from megadit.training.encoded import autoencoder_name
+from megadit.training.encoded import Named, autoencoder_of
 from megadit.training.restore import open_sampler
 
 PROMPTS = """what to draw: captions, or numbers of classes if the run is conditioned on classes;
@@ -50,14 +52,14 @@ def height_width(text: str) -> tuple[int, int]:
     return positive(height), positive(width)
 
 
-def default_prompts(config: RunConfig, count: int) -> list[str]:
+def default_prompts(config: RunConfig, condition: Condition, count: int) -> list[str]:
     """Held-out captions or classes. Raises ValueError where the data has only what encoders made of its captions."""
     if config.data.kind != "shards":
         return open_dataset(config.data, "heldout", config.model.conditioning).prompts(count)
     if config.model.conditioning == "class":
         return [str(i % config.model.classes) for i in range(count)]
-    if config.text.kind == "precomputed":
-        return [str(i) for i in range(count)]
+    if isinstance(condition, StoredCaptions):
+        return [str(i % len(condition)) for i in range(count)]
     raise ValueError("no prompts; say what to draw: an encoded data set does not hold its captions as text")
 
 
@@ -77,13 +79,13 @@ class Decoder(NamedTuple):
         return size[0] // self.cell, size[1] // self.cell
 
 
-def open_decoder(name: str, revision: str, device: torch.device, online: bool) -> Decoder:
-    """The autoencoder of this name; latents are pixels where there is none. Raises ValueError if it is not there."""
-    if not name:
+def open_decoder(named: Named | None, device: torch.device, online: bool) -> Decoder:
+    """That of an autoencoder; without one, latents are pixels. Raises ValueError if it is not there."""
+    if named is None:
         return Decoder(lambda images_BCHW: images_BCHW, 1)
     from megadit.encoders.autoencoder import Autoencoder
 
-    autoencoder = Autoencoder.load(name, device, torch.float32, revision, online)
+    autoencoder = Autoencoder.load(named.name, device, torch.float32, named.revision, online)
     return Decoder(
         lambda latents_BCHW: torch.cat([autoencoder.decode(each) for each in latents_BCHW.split(1)]),
         autoencoder.downscale,
@@ -114,10 +116,9 @@ def main() -> int:
         try:
             sampler = open_sampler(args.run, process, online=args.online)
             config = sampler.config
-            name = args.autoencoder or autoencoder_name(config)
-            revision = "" if args.autoencoder else config.data.autoencoder_revision
-            decoder = open_decoder(name, revision, process.device, args.online)
-            prompts = args.prompts or default_prompts(config, args.count)
+            autoencoder = Named(args.autoencoder, "") if args.autoencoder else autoencoder_of(config)
+            decoder = open_decoder(autoencoder, process.device, args.online)
+            prompts = args.prompts or default_prompts(config, sampler.condition, args.count)
             prompts = [prompt for prompt in prompts for _ in range(args.repeat)]
             default = config.sample
             settings = SampleConfig(

@@ -25,7 +25,7 @@ if [[ ! -e $folder/tars.done ]]; then
     python examples/real_images/photographs.py "$folder/tars" --crops "$CROPS"
     touch "$folder/tars.done"
 fi
-if [[ ! -e $AUTOENCODER ]]; then
+if [[ "$AUTOENCODER $T5 $CLIP" == *"$folder/encoders/"* && ! -e $folder/encoders/clip ]]; then
     python tools/tiny_encoders.py "$folder/encoders"
 fi
 if [[ ! -e $folder/encoded/manifest.json ]]; then

@@ -51,11 +51,14 @@ class StopRequests:
             if told[0] in SIGNALS:
                 self._heed(told[0])
 
-    def begin(self, limit_s: float = 0.0) -> None:
-        """From now on there is something to save. `limit_s`: seconds that this process has in all, if more than 0."""
+    def limit(self, seconds: float) -> None:
+        """This process has so many seconds in all, if more than 0."""
+        if seconds > 0:
+            self._deadline = STARTED + seconds, f"its {seconds / 60:g} minutes are over"
+
+    def begin(self) -> None:
+        """From now on there is something to save."""
         self._begun = True
-        if limit_s > 0:
-            self._deadline = STARTED + limit_s, f"its {limit_s / 60:g} minutes are over"
         self._end_thread()
 
     @property

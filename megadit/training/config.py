@@ -410,6 +410,8 @@ def data_is_named(config: RunConfig, world_size: int) -> Iterator[str]:
     if data.kind == "images":
         if not data.path or data.sets:
             yield "data.kind=images encodes data.path, a folder, tar or parquet file; set it, and no data.sets"
+        if config.text.too_long == "error" and config.model.conditioning == "text":
+            yield "text.too_long=error is not heeded by data.kind=images, which cuts captions and counts them; use cut"
         if not data.autoencoder:
             yield "data.kind=images needs data.autoencoder: name a folder or a model on the Hub"
         if config.text.kind == "precomputed" and config.model.conditioning == "text":

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from megadit.data.manifest import MANIFEST_FILE
+from megadit.data.manifest import MANIFEST_FILE, Manifest
 from megadit.data.mixture import Mixture, Wanted, check_encoders, open_sources
 from megadit.encoders.frozen_text import FrozenText, load_encoders
+from megadit.encoders.pretrained import COMMIT
 from megadit.training.config import RunConfig, check_sizes
 
 logger = logging.getLogger("megadit")
@@ -25,8 +26,9 @@ def open_mixture(config: RunConfig) -> Mixture:
     if not by_class and text.kind != "precomputed":
         check_encoders(sources, list(asked_encoders(config)))
     if data.autoencoder:
-        asked = _named({"name": data.autoencoder, "revision": data.autoencoder_revision})
-        check_encoders(sources, sources[0].manifest.text, asked)
+        asked = _said({"name": data.autoencoder, "revision": _commit(data.autoencoder_revision)})
+        for source in sources:
+            check_encoders([source], source.manifest.text, asked)
     mixture = Mixture(
         sources,
         Wanted(
@@ -54,41 +56,60 @@ def asked_encoders(config: RunConfig) -> Iterator[Mapping[str, Any]]:
     named = {"t5": (text.t5, text.t5_revision), "clip": (text.clip, text.clip_revision)}
     for kind in text.kind.split("+"):
         name, revision = named[kind]
-        yield _named({"kind": kind, "name": name, "revision": revision})
+        yield _said({"kind": kind, "name": name, "revision": _commit(revision)})
 
 
-def encoder_names(config: RunConfig) -> dict[str, str]:
-    """{"t5": name, "clip": name} of the text encoders: those of section text, else those that made the data."""
-    names = {"t5": config.text.t5, "clip": config.text.clip}
-    if not all(names[kind] for kind in config.text.kind.split("+")):
-        source, *_ = open_sources(list(config.data.sets) or [config.data.path])
-        names = {**{identity["kind"]: identity["name"] for identity in source.manifest.text}, **_named(names)}
-    return names
+def _said(values: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in values.items() if value}
+
+
+def _commit(revision: str) -> str:
+    """The revision if it is a commit, as manifests have it: what a branch or tag was, only the Hub can tell."""
+    return revision if COMMIT.fullmatch(revision) else ""
+
+
+class Named(NamedTuple):
+    """An encoder, as it can be loaded."""
+
+    name: str
+    revision: str
+
+    @classmethod
+    def of(cls, identity: Mapping[str, Any]) -> Named:
+        """That of a manifest."""
+        return cls(str(identity["name"]), str(identity.get("revision", "")))
+
+
+def _first_manifest(config: RunConfig) -> Manifest:
+    source, *_ = open_sources(list(config.data.sets) or [config.data.path])
+    return source.manifest
 
 
 def open_text_encoders(config: RunConfig, device: torch.device, online: bool = False) -> list[FrozenText]:
-    """The text encoders of text.kind=t5, clip or t5+clip. Raises ValueError for one that is not named or not there."""
+    """The text encoders of text.kind=t5, clip or t5+clip: those of section text, else those that made the data.
+
+    Raises ValueError for one that is not named or not there.
+    """
     text = config.text
     assert text.kind != "builtin" and text.kind != "precomputed"
-    # Those of images are to be named: there is no data set yet.
-    names = encoder_names(config) if config.data.kind == "shards" else {"t5": text.t5, "clip": text.clip}
-    revisions = {"t5": text.t5_revision, "clip": text.clip_revision}
+    named = {"t5": Named(text.t5, text.t5_revision), "clip": Named(text.clip, text.clip_revision)}
+    if config.data.kind == "shards" and not all(named[kind].name for kind in text.kind.split("+")):
+        made = {identity["kind"]: Named.of(identity) for identity in _first_manifest(config).text}
+        named = {kind: one if one.name else made.get(kind, one) for kind, one in named.items()}
+    names, revisions = ({kind: one[i] for kind, one in named.items()} for i in range(2))
     return load_encoders(text.kind, names, revisions, text.length, device, torch.float32, online)
 
 
-def autoencoder_name(config: RunConfig) -> str:
-    """The autoencoder that pictures are decoded with, by name or folder: that of the configuration, else the data's.
+def autoencoder_of(config: RunConfig) -> Named | None:
+    """The autoencoder that pictures are decoded with: that of the configuration, else the data's.
 
-    Empty where latents are pixels.
+    None where latents are pixels.
     """
-    if config.data.kind != "shards" or config.data.autoencoder:
-        return config.data.autoencoder
-    source, *_ = open_sources(list(config.data.sets) or [config.data.path])
-    return str((source.manifest.autoencoder or {}).get("name", ""))
-
-
-def _named(values: Mapping[str, str]) -> dict[str, str]:
-    return {key: value for key, value in values.items() if value}
+    data = config.data
+    if data.autoencoder:
+        return Named(data.autoencoder, data.autoencoder_revision)
+    made = _first_manifest(config).autoencoder if data.kind == "shards" else None
+    return None if made is None else Named.of(made)
 
 
 def misfits(config: RunConfig, mixture: Mixture) -> Iterator[str]:

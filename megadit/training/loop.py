@@ -35,6 +35,9 @@ from megadit.training.step import Outcome, read, train_step
 logger = logging.getLogger("megadit")
 
 
+READING = ("data.threads", "data.ahead", "data.verify", "data.resolution")
+
+
 class Ending(RuntimeError):
     """A training ends before its last step, on all ranks alike. `status`: the exit status."""
 
@@ -121,6 +124,8 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list
         section: differing(section, before[section], now[section])
         for section in ("model", "text", "data", "objective", "optim")
     }
+    # How the data is read, not what is read.
+    found["data"] = [line for line in found["data"] if line.split("=")[0] not in READING]
     found["run"] = differing("run", before["run"], {key: now["run"][key] for key in ("seed", "dtype")})
     return {section: changes for section, changes in found.items() if changes}
 

@@ -133,8 +133,9 @@ def as_drawn(trained: RunConfig, world_size: int, parallel: ParallelConfig) -> R
     apart = model.routing == "token_choice" and model.dropless
     group = 1 if apart else images_per_group(trained)
     # The batch of training has no other meaning here; any that fits the layout will do.
-    data = replace(trained.data, global_batch=world_size * group, micro_batch=group)
-    return replace(trained, model=replace(model, routing_group=group), data=data, parallel=parallel)
+    data = replace(trained.data, global_batch=world_size * group, micro_batch=group, verify=False)
+    model, objective = replace(model, routing_group=group), replace(trained.objective, keep_tokens=1.0)
+    return replace(trained, model=model, objective=objective, data=data, parallel=parallel)
 
 
 def open_condition(config: RunConfig, directory: Path, device: torch.device, online: bool = False) -> Condition:

@@ -51,6 +51,8 @@ def test_images_are_encoded_once_and_then_trained_on(tmp_path, encoders):
     assert [status for status, _ in ends] == [0, 0], ends[0][1]
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    ((status, errors),) = train_on(1, *argv, "run.steps=5", "data.resolution=32")
+    assert status == 2 and "data.resolution=64 is now 32; choose another run.dir" in errors
 
 
 @pytest.mark.parametrize(
@@ -61,6 +63,9 @@ def test_images_are_encoded_once_and_then_trained_on(tmp_path, encoders):
         ("data.autoencoder=nowhere/vae", "nowhere/vae"),
         ("text.kind=precomputed", "text.kind=precomputed names no encoder for data.kind=images"),
         ("text.t5=", "text.kind=t5 needs text.t5"),
+        ("model.channels=3", "makes latents of 4 channels; set model.channels=4"),
+        ("text.channels=8", "makes states of 32 channels; set text.channels=32"),
+        ("text.too_long=error", "text.too_long=error is not heeded by data.kind=images"),
         ("text.kind=builtin", "text.kind=builtin reads text, and data.kind=images has states"),
     ],
 )
@@ -68,3 +73,4 @@ def test_what_cannot_be_encoded_is_refused(tmp_path, encoders, override, message
     draw_images(tmp_path / "images", 2)
     ((status, errors),) = train_on(1, *settings(tmp_path, encoders), override)
     assert status == 2 and message in errors
+    assert not (tmp_path / "run" / "encoded").exists()

@@ -8,7 +8,7 @@ import pytest
 from megadit.data.manifest import MANIFEST_FILE
 from megadit.training.build import read_inputs
 from megadit.training.config import check, load_config
-from tests.data.encoded_sets import CHANNELS, POOLED, write_set
+from tests.data.encoded_sets import CHANNELS, POOLED, T5, write_set
 from tests.ranks import run_ranks, train_on
 from tests.training.assembled import assembled, make_step
 
@@ -63,6 +63,23 @@ def inputs_of(folder, *overrides):
 def test_what_does_not_fit_is_refused(folder, override, message):
     with pytest.raises(ValueError, match=message):
         inputs_of(folder, *override.split(" and "))
+
+
+def test_a_branch_is_not_compared_with_a_commit(tmp_path):
+    commit = "0123456789" * 4
+    write_set(tmp_path / "set", SIZES, text=(T5 | {"revision": commit},))
+    for revision in ("main", commit):
+        inputs_of(tmp_path / "set", f'text.t5_revision="{revision}"')
+    with pytest.raises(ValueError, match=f"revision={commit} .*asks for .*revision={'f' * 40}"):
+        inputs_of(tmp_path / "set", f"text.t5_revision={'f' * 40}")
+
+
+def test_data_sets_that_differ_in_length_alone_are_mixed(tmp_path):
+    for name, length in (("a", 77), ("b", 128)):
+        write_set(tmp_path / name, SIZES, text=(T5 | {"length": length},))
+    sets = f"data.sets={{{tmp_path / 'a'}: 3, {tmp_path / 'b'}: 1}}"
+    shares = inputs_of("", sets, "data.autoencoder=vae").train.shares["64x64"]
+    assert [share.per_cycle for share in shares] == [52, 18]  # of 35 each, three times as many of the first
 
 
 def test_pooled_vectors_must_be_there(tmp_path):
