@@ -137,6 +137,17 @@ def losses(rank, world_size, path, first, last, overrides):
         run.loader.close()
 
 
+def test_classes_are_trained_on_without_text(tmp_path):
+    write_set(tmp_path / "classes", SIZES, captions=0, classes=3)
+    by_class = ("text.kind=builtin", "model.conditioning=class", "model.classes=3")
+    inputs = inputs_of(tmp_path / "classes", *by_class)
+    assert inputs.prompts(5) == ["0", "1", "2", "0", "1"]
+    for found in run_ranks(losses, 2, tmp_path / "classes", 1, 2, by_class):
+        assert len(set(found)) == 2 and np.isfinite(found).all()
+    with pytest.raises(ValueError, match="classes up to 2, model.classes=2 has no room"):
+        inputs_of(tmp_path / "classes", *by_class, "model.classes=2")
+
+
 def test_every_world_trains_on_the_same_samples(folder):
     """Of several sizes: the losses of six steps, of which each updates the weights."""
     (alone,) = run_ranks(losses, 1, folder, 1, 6, ())
