@@ -69,7 +69,7 @@ def find(sources: Sequence[str | Path]) -> list[SourceFile]:
 
 def _text(name: str) -> str:
     """A file's name as text that can be written as UTF-8."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return name.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _below(path: Path) -> Iterator[tuple[Path, Kind]]:
