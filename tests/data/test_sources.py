@@ -413,6 +413,40 @@ def test_sources_that_are_none_are_refused_by_name(tmp_path):
             find(sources)
 
 
+def test_a_source_that_cannot_be_looked_at_is_refused(tmp_path, monkeypatch):
+    def fail(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    for name in ("is_dir", "is_file"):
+        with monkeypatch.context() as patched, pytest.raises(ValueError, match=r"a.tar cannot be read: Permission"):
+            patched.setattr(Path, name, fail)
+            find([tmp_path / "a.tar"])
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet", "folder", "jsonl"])
+def test_a_source_that_has_changed_is_not_read(kind, tmp_path):
+    path = tmp_path / f"a.{kind}"
+    if kind == "tar":
+        write_tar(path, [(f"{n}.jpg", b"") for n in range(2)])
+    elif kind == "parquet":
+        table(path, [{"image": b""}] * 2)
+    elif kind == "jsonl":
+        path.write_text('{"file": "x.jpg"}\n{"file": "y.jpg"}\n')
+    else:
+        path.mkdir()
+        for name in ("1.jpg", "2.jpg"):
+            (path / name).write_bytes(b"")
+    (file,) = find([path])
+    last = units([file], [Readers(Columns(), LIMIT).index(file, 1)], 1)[-1]
+    assert len(list(Readers(Columns(), LIMIT).read(last))) == 1
+    if kind == "folder":
+        (path / "0.jpg").write_bytes(b"")
+    else:
+        path.write_bytes(path.read_bytes() + b"\n")
+    with pytest.raises(OSError, match=f"a.{kind} has changed since the encoding began"):
+        list(Readers(Columns(), LIMIT).read(last))
+
+
 def test_the_same_files_elsewhere_have_the_same_keys(tmp_path):
     keys = []
     for place in ("here", "there/below"):
