@@ -18,6 +18,7 @@ from megadit.data import encode_folder
 from megadit.data.buckets import BucketRule
 from megadit.data.encode import Lost
 from megadit.data.encode_folder import EncodingFolder
+from megadit.data.encode_unit import UnitEncoder
 from megadit.data.manifest import open_manifest
 from megadit.data.shards import read_empty
 from tests.data.encodings import (
@@ -29,6 +30,7 @@ from tests.data.encodings import (
     files_of,
     quarantine_of,
     samples_of,
+    stand_ins,
     tool_on,
     units_done,
 )
@@ -350,6 +352,13 @@ def test_of_both_encoders_states_are_t5s_and_pooled_vectors_clips(tmp_path):
     assert sample.captions[0].states_LC.tolist() == [[ord(letter)] * 2 for letter in "one\0"]
     assert {sample.latents_CHW.dtype, sample.captions[0].states_LC.dtype} == {torch.bfloat16}
     assert open_manifest(tmp_path / "out").text_kind == "t5+clip"
+
+
+def test_an_encoder_has_pillow_open_what_it_is_to_encode(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**6)
+    config = dataclasses.replace(CONFIG, max_pixels=10**9)
+    with UnitEncoder(stand_ins(), config, torch.device("cpu"), 1):
+        assert Image.MAX_IMAGE_PIXELS == 10**9
 
 
 def test_a_set_of_which_nothing_is_left_is_refused_with_the_reasons(tmp_path):
