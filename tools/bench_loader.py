@@ -18,7 +18,7 @@ Pages are dropped by posix_fadvise, for which one need not be root. It empties t
 own caches, so what a cold disk delivers is found with sets larger than both.
 
 The first lines are about an index of many samples, made up and without data: what opening it and finding the samples of
-many random steps adds to the memory of the process at its peak, first of a thousandth of the samples, then of all.
+many random steps adds to the memory of a process at its peak, first of a thousandth of the samples, then of all.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -99,8 +101,8 @@ class IndexRow:
 
     def line(self) -> str:
         return (
-            f"index of {self.entries:,} samples: {self.grown / 1e6:.1f} MB more at the peak, "
-            f"{self.seconds * 1e3:.2f} ms to find a step's samples"
+            f"index of {self.entries:,} samples in shards of {INDEX_SHARD:,}: {self.grown / 1e6:.1f} MB more at the "
+            f"peak, {self.seconds * 1e3:.2f} ms to find a step's samples"
         )
 
 
@@ -229,11 +231,15 @@ def index_row(entries: int, batch: int, folder: Path) -> IndexRow:
 
 
 def measure_index(setting: Setting) -> list[IndexRow]:
-    """A thousandth of the entries, then all. Before anything large is done, for freed memory would be used again."""
+    """A thousandth of the entries, then all; each in a process of its own, for freed memory would be used again."""
     with tempfile.TemporaryDirectory() as folder:
         write_empty(Path(folder), Caption(torch.zeros(1, 1024)))
         sizes = (setting.entries // 1000, setting.entries)
-        return [index_row(entries, setting.batch, Path(folder)) for entries in sizes]
+        rows = []
+        for entries in sizes:
+            with ProcessPoolExecutor(1, get_context("spawn")) as process:
+                rows.append(process.submit(index_row, entries, setting.batch, Path(folder)).result())
+        return rows
 
 
 def arguments() -> argparse.Namespace:

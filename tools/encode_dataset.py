@@ -43,6 +43,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import fields
 from datetime import timedelta
@@ -275,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LaunchError as error:
         print(f"encode_dataset: {error}", file=sys.stderr)
         return LOST if isinstance(error, NotMet) else BAD_INPUT
-    except ValueError as error:  # the same on every process
+    except ValueError as error:
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"encode_dataset: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -296,7 +297,15 @@ def attempt(args: argparse.Namespace, process: Process, stops: StopRequests) -> 
             print(f"encode_dataset: {stopped}; the same command goes on", file=sys.stderr)
         return STOPPED
     except (Lost, OSError, DistError) as error:
+        if isinstance(error, Lost) and error.__cause__ is not None:  # what nobody expected, of this process alone
+            traceback.print_exception(error.__cause__)
         print(f"encode_dataset: process {process.rank}: {error}; the same command goes on", file=sys.stderr)
+        return LOST
+    except ValueError:  # refused, alike on every process
+        raise
+    except Exception:
+        traceback.print_exc()
+        print(f"encode_dataset: process {process.rank} failed; the same command goes on", file=sys.stderr)
         return LOST
     except KeyboardInterrupt:
         print("encode_dataset: interrupted; the same command goes on", file=sys.stderr)

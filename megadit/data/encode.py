@@ -7,6 +7,7 @@ bytes. Between the beginning and the end ranks share nothing but a few counts in
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from megadit.data.images import bytes_limit
 from megadit.data.manifest import Manifest
 from megadit.data.shards import Caption
 from megadit.data.sources import Readers, SourceFile, Unit, find, units
-from megadit.data.units import Contents
+from megadit.data.units import OF_THE_FILE, Contents
 from megadit.runtime.agreement import gathered, of_main, together
 from megadit.runtime.launch import Process
 from megadit.runtime.lock import hold
@@ -51,7 +52,11 @@ class Stopped(Exception):
 
 
 class Lost(Exception):
-    """Another rank failed, or does not go on."""
+    """A rank or the disk failed."""
+
+
+class Silent(Lost):
+    """A rank neither goes on nor says why: a collective would wait for it."""
 
 
 class Tally:
@@ -80,19 +85,20 @@ class Tally:
         if time.monotonic() - self._looked < LOOK_S:
             return
         self._looked = time.monotonic()
-        for key, error in (("encode/failed", Lost), ("encode/stop", Stopped)):
+        for key, error in (("encode/silent", Silent), ("encode/failed", Lost), ("encode/stop", Stopped)):
             if self._store.check([key]):
                 raise error(self._store.get(key).decode())
 
     def fail(self, error: Exception) -> None:
-        """Have the other ranks raise Lost soon, for what happened here."""
-        with contextlib.suppress(dist.DistError):
-            self._store.set("encode/failed", f"process {self.process.rank} failed: {error}")
+        """Have the other ranks raise Lost soon, for what happened here; of what came from there, they know."""
+        if not isinstance(error, Lost):
+            with contextlib.suppress(dist.DistError):
+                self._store.set("encode/failed", f"process {self.process.rank} failed: {error}")
 
     def wait_for_all(self, show: Callable[[], object]) -> None:
         """Until every rank is here. A collective would give up on ranks that have hours more to do.
 
-        Raises as `heed`, and Lost when nothing happens for an hour.
+        Raises as `heed`, and Silent when nothing happens for an hour.
         """
         self._store.add("encode/through", 1)
         before, changed = -1, time.monotonic()
@@ -103,7 +109,9 @@ class Tally:
             if images != before:
                 before, changed = images, time.monotonic()
             elif time.monotonic() - changed > SILENCE_S:
-                raise Lost(f"no image for {SILENCE_S:.0f} seconds, and not every process is through")
+                why = f"no image for {SILENCE_S:.0f} seconds, and not every process is through"
+                self._store.set("encode/silent", why)
+                raise Silent(why)
             time.sleep(LOOK_S / 5)
 
 
@@ -122,30 +130,31 @@ def encode(
 
     `stops`: is begun when there is something to keep. `show(done, total, before)`: called on rank 0 now and then with
     the samples that are done on all ranks, those there are, and those that were done when it started. `patience_s`: for
-    another encoding in the folder to end. Raises ValueError for a user's mistake, the same on every rank, Stopped,
-    Lost, and OSError.
+    another encoding in the folder to end. Raises ValueError for a user's mistake, the same on every rank, and Stopped;
+    when a rank or the disk fails, Lost, but on that rank what it failed of.
     """
     folder = EncodingFolder(out)
     files: list[SourceFile] = of_main(lambda: find(sources))
     readers = Readers(config.columns, bytes_limit(config.max_pixels))
-    settings = of_main(lambda: _settings(files, readers, config, frozen))
-    of_main(lambda: folder.begun(settings))  # refused before anything is written
+    settings = of_main(lambda: _settings(files, readers, config, frozen, process.device.type))
+    on_main(lambda: folder.begun(settings))  # refused before anything is written
     with contextlib.closing(_Lock(out, patience_s)):
-        contents = of_main(lambda: folder.begun(settings))
+        contents = on_main(lambda: folder.begun(settings))
         if contents is None:
             contents = index(process, files, readers, config.unit)
             begun = contents
             if not any(content.samples for content in contents):
                 raise ValueError(f"no samples in {', '.join(map(str, sources))}")
-            of_main(lambda: disk(lambda: folder.begin(settings, begun)))
+            on_main(lambda: folder.begin(settings, begun))
         todo = units(files, contents, config.unit)
-        if not of_main(lambda: folder.finished):
+        if not on_main(lambda: folder.finished):
             _encode_all(process, folder, todo, readers, config, frozen, stops, show, threads)
             told, empty = _manifest(config, frozen), _empty(frozen, config)
-            of_main(lambda: disk(lambda: folder.finish(todo, told, empty)))
+            on_main(lambda: folder.finish(todo, told, empty))
         if process.is_main:
-            (out / "lock").unlink(missing_ok=True)
-        return of_main(lambda: folder.report(todo))
+            with contextlib.suppress(OSError):
+                (out / "lock").unlink()
+        return on_main(lambda: folder.report(todo))
 
 
 def _encode_all(
@@ -160,7 +169,7 @@ def _encode_all(
     threads: int,
 ) -> None:
     """Encode the units that are left, this rank's share of them, and wait for the others."""
-    done: set[int] = of_main(lambda: disk(lambda: folder.clear(todo)))
+    done: set[int] = on_main(lambda: folder.clear(todo))
     remaining = [unit for unit in todo if unit.number not in done]
     total = sum(unit.count for unit in todo)
     before = total - sum(unit.count for unit in remaining)
@@ -177,7 +186,8 @@ def _encode_all(
 
     look()
     stops.begin()
-    why = None
+    why: str | None = None
+    fault: Exception | None = None
     try:
         with UnitEncoder(frozen, config, process.device, threads) as encoder:
             for unit in remaining[process.rank :: process.world_size]:
@@ -186,14 +196,31 @@ def _encode_all(
         tally.wait_for_all(look)
     except Stopped as stopped:
         why = str(stopped)
+    except Silent:
+        raise
     except Exception as error:
         tally.fail(error)
-        raise
-    # All leave, or none: one may have heard of the request when another was through, and rank 0 may serve the store.
-    first = next((each for each in gathered(why) if each is not None), None)
+        fault = error
+    _leave_together(why, fault)
+    look()
+
+
+def _leave_together(why: str | None, fault: Exception | None) -> None:
+    """All leave, or none: one may have heard of a request when another was through, and rank 0 may serve the store.
+
+    why: of a request to stop. Collective. Raises the rank's own fault, Lost for another's, Stopped for any request.
+    """
+    told = gathered((why, None if fault is None else str(fault)))
+    if isinstance(fault, ValueError):  # of this rank alone
+        raise Lost(str(fault)) from fault
+    if fault is not None:
+        raise fault
+    for rank, (_, failed) in enumerate(told):
+        if failed is not None:
+            raise Lost(f"process {rank} failed: {failed}")
+    first = next((each for each, _ in told if each is not None), None)
     if first is not None:
         raise Stopped(first)
-    look()
 
 
 def index(process: Process, files: Sequence[SourceFile], readers: Readers, unit: int) -> list[Contents]:
@@ -208,12 +235,26 @@ def index(process: Process, files: Sequence[SourceFile], readers: Readers, unit:
     return [found[number] for number in range(len(files))]
 
 
-def disk(make: Callable[[], Made]) -> Made:
-    """What `make` gives; a disk that fails is a ValueError, which `of_main` passes on."""
-    try:
-        return make()
-    except OSError as error:
-        raise ValueError(f"{error.filename or 'the disk'}: {error.strerror}") from error
+def on_main(make: Callable[[], Made]) -> Made:
+    """What `make` gives on rank 0, on every rank. Collective.
+
+    Raises what it raises there, the same on every rank: ValueError, also for a path that cannot be written, and Lost
+    for a disk that fails or is full.
+    """
+
+    def attempt() -> tuple[Any, str | None]:
+        try:
+            return make(), None
+        except OSError as error:
+            fault = f"{error.filename or 'the disk'}: {error.strerror or error}"
+            if error.errno in OF_THE_FILE | {errno.EEXIST, errno.EROFS}:
+                raise ValueError(f"{fault}; choose another folder, or give this one the permissions") from error
+            return None, fault
+
+    made, fault = of_main(attempt)
+    if fault is not None:
+        raise Lost(fault)
+    return made
 
 
 class _Lock:
@@ -226,20 +267,23 @@ class _Lock:
             out.mkdir(parents=True, exist_ok=True)
             self._file = hold(out / "lock", patience_s)
 
-        of_main(lambda: disk(take))
+        on_main(take)
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
 
 
-def _settings(files: Sequence[SourceFile], readers: Readers, config: EncodeConfig, frozen: Frozen) -> dict[str, Any]:
-    """All that the data set's bytes depend on, as JSON."""
+def _settings(
+    files: Sequence[SourceFile], readers: Readers, config: EncodeConfig, frozen: Frozen, device: str
+) -> dict[str, Any]:
+    """All that the data set's bytes depend on, as JSON. device: its kind, such as "cuda"."""
     simple = {name: value for name, value in asdict(config).items() if name not in ("rule", "dtype", "computed")}
     return {
         **simple,
         "dtype": name_of(config.dtype),
         "computed in": name_of(config.computed),
+        "device": device,
         "buckets": asdict(config.rule),
         "autoencoder": frozen.autoencoder.identity or "pixels",
         "text": [encoder.identity for encoder in frozen.text],

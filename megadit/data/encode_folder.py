@@ -103,13 +103,14 @@ class EncodingFolder:
 
     def begin(self, settings: Mapping[str, Any], contents: Sequence[Contents]) -> None:
         """Raises OSError."""
-        for name in (SHARDS_FOLDER, UNITS_FOLDER):
-            (self.path / name).mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)  # and nothing in it: it has not begun before this file is there
         content = {"format": FORMAT, "settings": settings, "contents": [asdict(each) for each in contents]}
         replace_file(self.path / BEGUN_FILE, json.dumps(content, indent=1).encode() + b"\n")
 
     def clear(self, units: Sequence[Unit]) -> set[int]:
         """Remove what kills left of units that are not done. The numbers of those that are, with all their shards."""
+        for name in (SHARDS_FOLDER, UNITS_FOLDER):
+            (self.path / name).mkdir(exist_ok=True)
         done, kept = set(), set()
         for unit in units:
             record = self._record(unit.number)

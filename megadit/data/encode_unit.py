@@ -15,7 +15,7 @@ import torch
 
 from megadit.data.buckets import Bucket, BucketRule, choose, fit
 from megadit.data.frozen import Frozen, Latents
-from megadit.data.images import MAX_PIXELS, decode
+from megadit.data.images import MAX_PIXELS, allow, decode
 from megadit.data.quarantine import Bad, Unusable
 from megadit.data.shards import Caption, Sample
 from megadit.data.tables import Columns
@@ -67,6 +67,7 @@ class UnitEncoder:
     """Encodes units, one at a time. `with` it, since it has threads."""
 
     def __init__(self, frozen: Frozen, config: EncodeConfig, device: torch.device, threads: int) -> None:
+        allow(config.max_pixels)
         self.frozen, self.config, self.device = frozen, config, device
         self.buckets = config.rule.buckets()
         self.ahead = 2 * config.batch + threads  # images that wait for the encoders

@@ -8,6 +8,7 @@ captions.jsonl                       a line an image, and no others: {"file": "p
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -15,16 +16,26 @@ from itertools import islice
 from pathlib import Path
 
 from megadit.data.images import SUFFIXES
-from megadit.data.quarantine import Unusable
+from megadit.data.quarantine import Reason, Unusable
 from megadit.data.told import json_object, of_fields, of_sidecars
-from megadit.data.units import Contents, Counter, Raw, Read, of_file
+from megadit.data.units import OF_THE_FILE, Contents, Counter, Raw, Read, at_fault, of_file
 
 
 def images_in(path: Path) -> list[str]:
     """Names of the image files of a folder, sorted. Raises OSError."""
     with os.scandir(path) as entries:
-        names = [entry.name for entry in entries if is_image(entry.name) and entry.is_file()]
+        names = [entry.name for entry in entries if is_image(entry.name) and _is_file(entry)]
     return sorted(names)
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether there is one; true of what cannot be told, such as a link to itself: reading it says what is wrong."""
+    try:
+        return entry.is_file()
+    except OSError as error:
+        if error.errno not in OF_THE_FILE:
+            raise
+        return True
 
 
 def is_image(name: str) -> bool:
@@ -52,7 +63,8 @@ class Folders:
         for name in self._names(path)[start : start + count]:
             stem = Path(name).stem
             try:
-                told = of_sidecars(*(_sidecar(path / f"{stem}{suffix}") for suffix in (".txt", ".json")))
+                text = _sidecar(path / f"{stem}.txt", "unreadable caption")
+                told = of_sidecars(text, _sidecar(path / f"{stem}.json", "unreadable json"))
                 yield Raw(stem, of_file(path / name, max_bytes), told)
             except Unusable as bad:
                 yield bad.of(stem)
@@ -64,11 +76,15 @@ class Folders:
         return self._listed[1]
 
 
-def _sidecar(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
+def _sidecar(path: Path, reason: Reason) -> bytes | None:
+    """What lies beside an image, None where nothing does. Raises Unusable when it cannot be read."""
+    with at_fault(path, reason):
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):  # an image's name may just fit
+                return None
+            raise
 
 
 class CaptionLines:

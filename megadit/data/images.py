@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -19,6 +18,11 @@ _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"GIF8", b"BM")
 def bytes_limit(max_pixels: int) -> int:
     """More bytes than an image of so many pixels takes, were it stored as 16-bit RGBA and not compressed."""
     return 8 * max_pixels + (1 << 20)
+
+
+def allow(max_pixels: int) -> None:
+    """Have Pillow, in all of this process, open images of so many pixels; its own limit is about 180 million."""
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
 
 
 def decode(content: bytes, min_size: int, max_pixels: int) -> Image.Image:
@@ -93,10 +97,10 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _in_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):
+    if image.mode.startswith("I"):
         # 16 bits of grey: Pillow's own conversion would cut them off at 255.
-        values: Any = np.asarray(image, dtype=np.float64)
-        image = Image.fromarray(np.rint(np.clip(values, 0, 65535) / 257).astype(np.uint8))
+        values_HW = np.asarray(image).clip(0, 65535).astype(np.uint32)
+        image = Image.fromarray(((values_HW + 128) // 257).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         over = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")

@@ -242,10 +242,13 @@ def _expected(bucket: Bucket, shard: ShardEntry, dtype: torch.dtype) -> dict[str
 
 
 def header_sha256(path: Path) -> str:
-    """Of a safetensors file's header, its length included."""
-    with path.open("rb") as file:
-        length = file.read(8)
-        return hashlib.sha256(length + file.read(min(int.from_bytes(length, "little"), 1 << 27))).hexdigest()
+    """Of a safetensors file's header, its length included. Raises ValueError naming it when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            length = file.read(8)
+            return hashlib.sha256(length + file.read(min(int.from_bytes(length, "little"), 1 << 27))).hexdigest()
+    except OSError as error:
+        raise ValueError(f"{path} is missing or cannot be read ({error.strerror}); {AGAIN}") from error
 
 
 def file_sha256(path: Path) -> str:

@@ -80,6 +80,8 @@ class Mixture:
         """Raises ValueError that says what to change for data sets that do not fit each other or what is wanted."""
         assert (wanted.length > 0) != (wanted.classes > 0), "text has a length, or classes have a number"
         self.sources, self.wanted = list(sources), wanted
+        # Of each data set by bucket; counted once, for a bucket may have very many shards.
+        self._totals = [{bucket.name: bucket.samples for bucket in source.manifest.buckets} for source in sources]
         _check_weights(sources, wanted)
         for source in sources:
             _check_told(source, wanted)
@@ -121,7 +123,7 @@ class Mixture:
 
     def num_heldout(self, dataset: int, bucket: str) -> int:
         """Held-out samples of a data set's bucket."""
-        total = self._totals(dataset).get(bucket, 0)
+        total = self._totals[dataset].get(bucket, 0)
         return max(1, total // self.wanted.heldout) if self.wanted.heldout and total else 0
 
     def heldout_counts(self) -> list[dict[str, int]]:
@@ -148,7 +150,7 @@ class Mixture:
 
     def locate(self, split: Split, dataset: int, bucket: str, index_N: np.ndarray) -> list[Place]:
         """Where samples of a data set's bucket are; they are counted within their split."""
-        total = self._totals(dataset)[bucket]
+        total = self._totals[dataset][bucket]
         first = 0 if split == "train" else total - self.num_heldout(dataset, bucket)
         # What is held out belongs to the data set, not to a run: the same for every seed.
         place_N = permute(index_N + first, total, round_keys(0, "split", bucket)).astype(np.int64)
@@ -170,13 +172,10 @@ class Mixture:
             _keep(self._headers, path, reader.entries, _KNOWN_HEADERS)
         return reader
 
-    def _totals(self, dataset: int) -> dict[str, int]:
-        return {bucket.name: bucket.samples for bucket in self.sources[dataset].manifest.buckets}
-
     def _counts(self, dataset: int, split: Split) -> dict[str, int]:
         """Samples of a data set's split by bucket, without buckets that are dropped."""
         found = {}
-        for name, total in self._totals(dataset).items():
+        for name, total in self._totals[dataset].items():
             if name not in self.dropped:
                 heldout = self.num_heldout(dataset, name)
                 found[name] = heldout if split == "heldout" else total - heldout

@@ -9,7 +9,8 @@ compute on one shape. In numbers, for data set d, bucket b with n_db samples, an
 3. So a bucket is an endless row of samples, cut into batches. Cycle e has the batches that end in it, those up to
    floor((e + 1) s_b / G) at a global batch of G: no sample is lost, and what is left of a cycle begins the next.
 4. The buckets' batches are mixed evenly: the m_b of a cycle fall into m_b equal intervals of it, each at a random time
-   in its own. A bucket's batches stay in their order, so that one of its passes ends before the next one begins.
+   in its own. A bucket's batches stay in their order. Without weights a cycle is one pass, so that one of a bucket's
+   passes ends before the next one begins; with weights a cycle may mix samples of several.
 
 Permutations are generalised Feistel networks with cycle walking (Black and Rogaway, "Ciphers with Arbitrary Finite
 Domains", 2002): any place of any of them is computed by itself.

@@ -162,7 +162,8 @@ class _Reader:
     Mapped pages are read as they are touched, so looking a sample up reads a few kilobytes. Rows are read by `preadv`
     into the caller's memory, since that is one system call, without the interpreter's lock, where copying from a map
     takes a fault every few pages: 1.5 to 2 times as fast from disk for rows of 150 KB, and a file that is cut short
-    is an error, not a signal that ends the process.
+    is an error, not a signal that ends the process. The small arrays, mapped, have no such protection: where a shard is
+    cut short under a running training, touching those that were cut off is SIGBUS.
     """
 
     def __init__(self, path: Path, entries: Mapping[str, Entry] | None = None) -> None:

@@ -35,10 +35,14 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Unit:
-    """`count` samples of a file, the first of which is its sample number `begin` and lies at `start`."""
+    """`count` samples of a file, the first of which is its sample number `begin` and lies at `start`.
+
+    mark: of the file, when it was looked through.
+    """
 
     number: int
     file: SourceFile
+    mark: str
     begin: int
     start: int
     count: int
@@ -69,19 +73,21 @@ def find(sources: Sequence[str | Path]) -> list[SourceFile]:
 
 def _text(name: str) -> str:
     """A file's name as text that can be written as UTF-8."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return name.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _below(path: Path) -> Iterator[tuple[Path, Kind]]:
-    if not path.is_dir():
-        kind = _KINDS.get(path.suffix)
-        if kind is None:
-            raise ValueError(f"{path} is no folder, and no .tar, .parquet or .jsonl; unpack a tar that is compressed")
-        if not path.is_file():
-            raise ValueError(f"{path}: there is no such file")
-        yield path, kind
-        return
     try:
+        if not path.is_dir():
+            kind = _KINDS.get(path.suffix)
+            if kind is None:
+                raise ValueError(
+                    f"{path} is no folder, and no .tar, .parquet or .jsonl; unpack a tar that is compressed"
+                )
+            if not path.is_file():
+                raise ValueError(f"{path}: there is no such file")
+            yield path, kind
+            return
         for folder, folders, files in os.walk(path, onerror=_raise):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             if CAPTIONS_FILE in files:
@@ -108,7 +114,7 @@ def units(files: Sequence[SourceFile], contents: Sequence[Contents], size: int) 
         for k, start in enumerate(content.starts):
             begin, end = k * size, min((k + 1) * size, content.samples)
             repeats = frozenset(number for number in content.repeats if begin <= number < end)
-            found.append(Unit(len(found), file, begin, start, end - begin, repeats))
+            found.append(Unit(len(found), file, content.mark, begin, start, end - begin, repeats))
     return found
 
 
@@ -140,9 +146,11 @@ class Readers:
             raise ValueError(f"{file.path} cannot be read: {error.strerror}") from error
 
     def read(self, unit: Unit) -> Iterator[Read]:
-        """Each sample of a unit, good or bad. Raises OSError when the disk fails."""
-        count = 0
-        for sample in self._readers[unit.file.kind].read(unit.file.path, unit.start, unit.count, self.max_bytes):
+        """Each sample of a unit, good or bad. Raises OSError when the disk fails, or the file is another one by now."""
+        count, reader = 0, self._readers[unit.file.kind]
+        if reader.mark(unit.file.path) != unit.mark:
+            raise OSError(f"{unit.file.path} has changed since the encoding began")
+        for sample in reader.read(unit.file.path, unit.start, unit.count, self.max_bytes):
             key = _text(f"{unit.file.name}/{sample.key}")
             if unit.begin + count in unit.repeats:
                 yield Bad(key, "duplicate key", "a sample of this key came before it")

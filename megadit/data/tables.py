@@ -41,7 +41,7 @@ class Tables:
             return Contents(self.mark(path), 1, (0,))
         with file:
             self._names(path, file)
-            samples = file.metadata.num_rows
+            samples = sum(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
         return Contents(self.mark(path), samples, tuple(range(0, samples, unit)))
 
     def read(self, path: Path, start: int, count: int, max_bytes: int) -> Iterator[Read]:
@@ -62,24 +62,32 @@ class Tables:
         """Rows of one row group, whose first row is `begin`."""
         import pyarrow
 
-        row = begin
+        row, fault = begin, "it has fewer rows than the file says"
         try:
             for batch in file.iter_batches(ROWS, row_groups=[group], columns=names):
                 if row + len(batch) <= rows.start:
                     row += len(batch)
                     continue
-                for fields in batch.to_pylist():
+                for number in range(len(batch)):
                     if row in rows:
-                        yield self._sample(str(row), fields, max_bytes)
+                        yield self._sample(str(row), batch.slice(number, 1), max_bytes)
                     row += 1
                 if row >= rows.stop:
                     return
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            for bad in range(max(row, rows.start), rows.stop):
-                yield Bad(str(bad), "unreadable file", f"row group {group}: {error}".splitlines()[0])
+        except (pyarrow.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk, not what is on it
+            fault = str(error)
+        for bad in range(max(row, rows.start), rows.stop):
+            yield Bad(str(bad), "unreadable file", f"row group {group}: {fault}".splitlines()[0])
 
-    def _sample(self, key: str, fields: dict[str, Any], max_bytes: int) -> Read:
+    def _sample(self, key: str, row: Any, max_bytes: int) -> Read:
+        """Of a batch of one row."""
         columns = self.columns
+        try:
+            (fields,) = row.to_pylist()
+        except UnicodeDecodeError as error:
+            return Bad(key, "unreadable caption", str(error))
         image = fields[columns.image]
         image = image.get("bytes") if isinstance(image, dict) else image
         names = ("caption", "captions", "weights", "label")
@@ -113,6 +121,13 @@ def _open(path: Path) -> Any:
         raise ValueError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from error
     path.stat()
     try:
-        return pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowException:
+        # Read as it is used: by default, whole row groups would be in memory.
+        file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+        _ = file.schema_arrow.names  # which may be no text, where the footer is damaged
+        return file
+    except (pyarrow.ArrowException, UnicodeDecodeError):
         return None
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        return None  # a footer that is damaged

@@ -121,10 +121,10 @@ def _members(file: BinaryIO, start: int) -> Iterator[tarfile.TarInfo | _Damage]:
             if _is_sample(info):
                 yield info
         file.seek(headers.offset)
-        block = file.read(BLOCK)
-        marks_end = block.count(0) == BLOCK
-        if len(block) < BLOCK or (marks_end and len(file.read(BLOCK)) < BLOCK):
-            break  # two blocks of zeros mark the end
+        block, after = file.read(BLOCK), file.read(BLOCK)
+        if len(block) < BLOCK or (block.count(0) == BLOCK and len(after) < BLOCK):
+            break
+        marks_end = (block + after).count(0) == 2 * BLOCK  # two blocks of zeros do
         offset = _next_header(file, headers.offset + BLOCK)
         if not marks_end or offset is not None:
             detail = f"{'the mark of an end' if marks_end else 'no header'} at byte {headers.offset}"
@@ -162,6 +162,8 @@ class _Headers:
             tar = tarfile.TarFile(fileobj=self.file)
             while (info := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # it would remember them all
+                if info.size < 0 or tar.offset <= info.offset:
+                    return  # damage, too: it would lead back to where it was
                 yield info
                 self.offset = tar.offset
         except (OSError, MemoryError):

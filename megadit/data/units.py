@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from megadit.data.quarantine import Bad, Unusable
+from megadit.data.quarantine import Bad, Reason, Unusable
 from megadit.data.told import Told
 
 
@@ -19,6 +21,11 @@ class Raw:
     image: bytes
     told: Told
 
+
+# Faults of one file, which come again whenever it is read. Others are the disk's, and may pass.
+OF_THE_FILE = frozenset(
+    (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
+)
 
 Read = Raw | Bad  # what a source gives in the place of each sample
 
@@ -74,10 +81,21 @@ class Counter:
 
 
 def of_file(path: Path, max_bytes: int) -> bytes:
-    """The content of an image's file. Raises Unusable when there is none, or it is too large."""
-    try:
+    """The content of an image's file. Raises Unusable when there is none, or it is too large, OSError for the disk."""
+    with at_fault(path, "no image"):
         if path.stat().st_size > max_bytes:
             raise Unusable("decompression bomb", f"{path.stat().st_size} bytes")
         return path.read_bytes()
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise Unusable("no image", f"{path.name}: {error.strerror}") from error
+
+
+@contextmanager
+def at_fault(path: Path, reason: Reason) -> Iterator[None]:
+    """A block that reads one sample's file, whose own faults are raised as Unusable, for this reason."""
+    try:
+        yield
+    except UnicodeEncodeError as error:  # JSON can spell names that no file can have
+        raise Unusable(reason, f"{path.name}: no name of a file") from error
+    except OSError as error:
+        if error.errno not in OF_THE_FILE:
+            raise
+        raise Unusable(reason, f"{path.name}: {error.strerror}") from error

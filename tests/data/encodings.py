@@ -76,14 +76,14 @@ class Never:
         pass
 
 
-def encode_here(rank, world_size, store, sources, out, config, text, threads):
+def encode_here(rank, world_size, store, sources, out, config, text, threads, stops=None):
     process = Process(rank, world_size, rank, torch.device("cpu"), Meeting(lambda: dist.FileStore(store, world_size)))
     shown = []
 
     def show(*counts):
         shown.append(counts)
 
-    report = encode(process, sources, Path(out), config, stand_ins(text), Never(), show, threads, patience_s=0)
+    report = encode(process, sources, Path(out), config, stand_ins(text), stops or Never(), show, threads, patience_s=0)
     return report, shown
 
 

@@ -5,25 +5,37 @@ import io
 import json
 import shutil
 import signal
+import time
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from megadit.data import encode_folder
 from megadit.data.buckets import BucketRule
+from megadit.data.encode import Lost
+from megadit.data.encode_folder import EncodingFolder
+from megadit.data.encode_unit import UnitEncoder
 from megadit.data.manifest import open_manifest
 from megadit.data.shards import read_empty
 from tests.data.encodings import (
     CONFIG,
+    Never,
+    Pooled,
+    encode_here,
     encode_with,
     files_of,
     quarantine_of,
     samples_of,
+    stand_ins,
     tool_on,
     units_done,
 )
 from tests.data.planted import BAD, Planted, content, picture, plant, write_tar
+from tests.ranks import run_ranks
 
 COUNT = 288  # good samples of three tars
 
@@ -91,6 +103,7 @@ def test_the_manifest_says_what_made_the_set(undisturbed):
     assert manifest.autoencoder == {"name": "pooled", "fingerprint": "0"}
     assert manifest.text == ({"kind": "clip", "name": "letters", "length": 12},)
     assert manifest.resolutions == {"resolutions": [64], "multiple": 16, "max_aspect": 2.0, "square": False}
+    assert json.loads((out / "encoding.json").read_bytes())["settings"]["device"] == "cpu"
     empty = read_empty(out)
     assert (empty.states_LC.tolist(), empty.pooled_P.tolist()) == ([[0.0, 0.0]], [0.0])
     assert report.captions == manifest.captions
@@ -167,6 +180,70 @@ def test_what_a_kill_leaves_is_removed_and_what_is_lost_is_made_again(tars, undi
     lost = sum(json.loads((undisturbed[0] / "units" / f"{n:08d}.json").read_bytes())["count"] for n in (3, 6, 8, 9))
     assert shown[0] == (total - lost, total, total - lost)
     assert files_of(out) == files_of(undisturbed[0])
+
+
+def test_a_folder_whose_beginning_was_cut_short_is_begun_again(tmp_path, monkeypatch):
+    def killed(path, content):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(encode_folder, "replace_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        EncodingFolder(tmp_path / "out").begin({}, [])
+    assert EncodingFolder(tmp_path / "out").begun({}) is None
+
+
+@pytest.mark.parametrize("name", ["encoding.json", "quarantine.jsonl"])
+def test_a_full_disk_at_the_beginning_or_the_end_loses_no_rank(name, tmp_path):
+    """/dev/full has no room for anything."""
+    out = tmp_path / "out"
+    told = {"a": {"caption": "a cat"}, "b": {"caption": " "}}
+    tar = small_tar(tmp_path / "x.tar", {"a": picture(0, 64, 64), "b": picture(1, 64, 64)}, told)
+    out.mkdir()
+    if name == "quarantine.jsonl":
+        encode_with(out, tar)
+        (out / "manifest.json").unlink()
+    (out / f"{name}.new").symlink_to("/dev/full")
+    for status, output, errors in tool_on(2, tar, "--out", out, *COMMAND):
+        assert (status, output) == (76, ""), errors
+        assert "No space left on device; the same command goes on" in errors
+    (out / f"{name}.new").unlink()
+    assert tool_on(1, tar, "--out", out, *COMMAND)[0][0] == 0
+    assert (open_manifest(out, verify=True).samples, len(quarantine_of(out))) == (1, 1)
+
+
+class Asked(Never):
+    """To stop, once a file is there."""
+
+    def __init__(self, path):
+        self.path = path
+
+    @property
+    def reason(self):
+        return "asked" if self.path.exists() else None
+
+
+def fail_here(rank, world_size, store, tar, out, kind):
+    """Rank 1 fails while rank 0 stops. The error of each."""
+    asked = Path(out).with_name("asked")
+
+    def fail(*_):
+        asked.write_text("")
+        time.sleep(1)
+        raise {"value": ValueError, "runtime": RuntimeError}[kind]("an encoder that fails")
+
+    stops, encode = (Never(), fail) if rank else (Asked(asked), Pooled.encode)
+    with mock.patch.object(Pooled, "encode", encode), pytest.raises(Exception) as caught:
+        encode_here(rank, world_size, store, [tar], out, CONFIG, ("clip",), 1, stops)
+    return caught.type, str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["value", "runtime"])
+def test_a_rank_that_fails_while_another_stops_keeps_nobody_waiting(kind, tars, tmp_path):
+    told = run_ranks(fail_here, 2, str(tmp_path / "store"), str(tars[0]), str(tmp_path / "out"), kind)
+    assert told == [
+        (Lost, "process 1 failed: an encoder that fails"),
+        (Lost if kind == "value" else RuntimeError, "an encoder that fails"),
+    ]
 
 
 def test_a_finished_set_is_left_as_it_is(undisturbed, tars):
@@ -275,6 +352,13 @@ def test_of_both_encoders_states_are_t5s_and_pooled_vectors_clips(tmp_path):
     assert sample.captions[0].states_LC.tolist() == [[ord(letter)] * 2 for letter in "one\0"]
     assert {sample.latents_CHW.dtype, sample.captions[0].states_LC.dtype} == {torch.bfloat16}
     assert open_manifest(tmp_path / "out").text_kind == "t5+clip"
+
+
+def test_an_encoder_has_pillow_open_what_it_is_to_encode(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**6)
+    config = dataclasses.replace(CONFIG, max_pixels=10**9)
+    with UnitEncoder(stand_ins(), config, torch.device("cpu"), 1):
+        assert Image.MAX_IMAGE_PIXELS == 10**9
 
 
 def test_a_set_of_which_nothing_is_left_is_refused_with_the_reasons(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megadit.data.images import MAX_PIXELS, decode
+from megadit.data.images import MAX_PIXELS, allow, decode
 from megadit.data.quarantine import Unusable
 from tests.data.planted import JPEG, content, flipped, noisy_png, picture, png_header
 
@@ -85,6 +85,12 @@ def test_sixteen_bits_are_scaled_not_cut_off():
     assert near(got, np.rint(values / 257)[..., None].repeat(3, -1))
 
 
+def test_every_value_of_sixteen_bits_is_rounded_to_the_nearest():
+    values = np.arange(1 << 16, dtype=np.uint16).reshape(256, 256)
+    got = pixels(content(Image.fromarray(values), "PNG"))
+    assert near(got, np.rint(values / 257)[..., None].repeat(3, -1))
+
+
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_of_an_animation_the_first_frame_counts(kind):
     frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
@@ -126,6 +132,15 @@ def test_sizes_are_looked_at_before_anything_is_decoded():
     assert reason(JPEG, max_pixels=256 * 256 - 1) == "decompression bomb"
     assert reason(JPEG, min_size=257) == "too small"
     assert decode(JPEG, 256, 256 * 256).size == (256, 256)
+
+
+def test_more_pixels_than_pillow_opens_can_be_allowed(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert reason(JPEG) == "decompression bomb"
+    allow(256 * 256)
+    assert decode(JPEG, 256, 256 * 256).size == (256, 256)
+    allow(100)
+    assert decode(JPEG, 256, 256 * 256).size == (256, 256), "what was allowed stays so"
 
 
 def test_a_text_that_unpacks_to_too_much_is_a_bomb():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megadit.data.manifest import EMPTY_FILE, MANIFEST_FILE, open_manifest, shard_path, write_manifest
+from megadit.data.manifest import EMPTY_FILE, MANIFEST_FILE, header_sha256, open_manifest, shard_path, write_manifest
 from megadit.data.shards import Caption, Sample, ShardReader, read_empty, write_shard
 from megadit.runtime.tensor_file import HashedTensorFileWriter
 from tests.data.encoded_sets import BUCKETS, make_sample, write_set
@@ -218,6 +218,11 @@ def test_what_has_changed_is_refused_by_name(spoil, named, expected, tmp_path):
         open_manifest(folder)
     assert named in str(refused.value)
     assert expected in str(refused.value)
+
+
+def test_a_header_that_cannot_be_read_is_told_with_its_file(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path} is missing or cannot be read .Is a directory"):
+        header_sha256(tmp_path)
 
 
 def test_changed_content_is_seen_by_who_looks_for_it(tmp_path):

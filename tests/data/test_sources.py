@@ -1,7 +1,12 @@
 """Tars, folders, captions.jsonl and parquet, read in units: each sample once, in order, and faults named."""
 
+import errno
+import io
 import json
+import os
+import random
 import tarfile
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -12,7 +17,7 @@ from hypothesis import strategies as st
 from megadit.data.images import MAX_PIXELS, bytes_limit
 from megadit.data.quarantine import REASONS, Bad
 from megadit.data.sources import Readers, find, units
-from megadit.data.tables import Columns
+from megadit.data.tables import Columns, Tables
 from megadit.data.told import Told
 from megadit.data.units import Raw
 from tests.data.planted import JPEG, Planted, plant, write_tar
@@ -137,6 +142,20 @@ def test_what_is_no_tar_is_one_bad_sample(content, tmp_path):
     assert sample.reason in ("truncated archive", "bad tar member")
 
 
+@pytest.mark.parametrize("unit", [1, 1000])
+def test_a_header_of_a_negative_size_is_damage(unit, tmp_path):
+    """It would lead back to the member before it, for ever."""
+    places = write_tar(tmp_path / "a.tar", [(f"{n}.jpg", b"x" * 700) for n in range(4)])
+    content = bytearray((tmp_path / "a.tar").read_bytes())
+    info = tarfile.TarInfo("2.jpg")
+    info.size = -1536
+    content[places[2] : places[2] + 512] = info.tobuf(tarfile.GNU_FORMAT)
+    (tmp_path / "a.tar").write_bytes(content)
+    assert told(read(tmp_path / "a.tar", unit=unit)) == {
+        "a.tar/0": Told(), "a.tar/1": Told(), f"a.tar/@{places[2]}": "bad tar member", "a.tar/3": Told()
+    }  # fmt: skip
+
+
 def test_an_image_of_too_many_bytes_is_not_read(tmp_path):
     write_tar(tmp_path / "a.tar", [("1.jpg", b"x" * 1001), ("2.jpg", b"x" * 1000)])
     (tmp_path / "b").mkdir()
@@ -197,6 +216,48 @@ def test_a_captions_file_says_which_images_there_are(tmp_path):
     assert told(read(tmp_path / "set" / "captions.jsonl"))["captions.jsonl/a.jpg"] == "duplicate key"
 
 
+def test_files_that_cannot_be_read_cost_their_samples(tmp_path):
+    root = tmp_path / "set"
+    root.mkdir()
+    for stem in "abc":
+        (root / f"{stem}.jpg").write_bytes(b"")
+    (root / "a.txt").mkdir()
+    (root / "b.json").symlink_to("b.json")
+    (root / "loop.jpg").symlink_to("loop.jpg")
+    (root / "none.jpg").symlink_to("gone")
+    (root / "folder.jpg").mkdir()
+    longest = "n" * 251
+    (root / f"{longest}.jpg").write_bytes(b"")  # no .json has room beside it
+    assert told(read(root)) == {
+        "set/a": "unreadable caption",
+        "set/b": "unreadable json",
+        "set/c": Told(),
+        "set/loop": "no image",
+        f"set/{longest}": Told(),
+    }
+    names = ["\ud800.jpg", "n" * 300, "loop.jpg", "folder.jpg", "c.jpg"]
+    (root / "captions.jsonl").write_text("".join(json.dumps({"file": name}) + "\n" for name in names))
+    samples = read(root)
+    assert [sample.reason if isinstance(sample, Bad) else sample.key for sample in samples] == [
+        "no image", "no image", "no image", "no image", "set/captions.jsonl/c.jpg"
+    ]  # fmt: skip
+    assert samples[0].key == "set/captions.jsonl/\ufffd.jpg"
+    for sample in samples[:-1]:
+        f"{sample.key} {sample.detail}".encode()
+
+
+def test_a_disk_that_fails_costs_no_sample(tmp_path, monkeypatch):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.jpg").write_bytes(b"")
+
+    def fail(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        read(tmp_path / "set")
+
+
 def table(path, rows, **options):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, **options)
 
@@ -243,6 +304,55 @@ def test_parquet_that_is_damaged_costs_its_row_group(tmp_path):
         assert {sample.reason for sample in samples if isinstance(sample, Bad)} == {"unreadable file"}
     path.write_bytes(b"no parquet")
     assert told(read(path)) == {"a.parquet/@0": "unreadable file"}
+
+
+def test_a_parquet_footer_that_is_damaged_costs_its_file(tmp_path):
+    path = tmp_path / "a.parquet"
+    table(path, [{"image": b"x", "caption": "x"}] * 3)
+    content = bytearray(path.read_bytes())
+    footer = int.from_bytes(content[-8:-4], "little")
+    content[-8 - footer : -8] = b"\xff" * footer
+    path.write_bytes(content)
+    assert told(read(path)) == {"a.parquet/@0": "unreadable file"}
+
+
+@pytest.mark.parametrize("unit", [2, 1000])
+def test_a_caption_in_parquet_that_is_no_text_costs_its_row(unit, tmp_path):
+    captions = pyarrow.array([b"one", b"tw\xff", b"three"]).cast(pyarrow.string(), safe=False)
+    columns = {"image": pyarrow.array([b"x"] * 3), "caption": captions}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    assert told(read(tmp_path / "a.parquet", unit=unit)) == {
+        "a.parquet/0": one("one"), "a.parquet/1": "unreadable caption", "a.parquet/2": one("three")
+    }  # fmt: skip
+
+
+def test_a_disk_that_fails_under_a_parquet_is_told_from_damage(tmp_path, monkeypatch):
+    class Failing(io.FileIO):
+        fails = False
+
+        def read(self, size=-1):
+            if self.fails:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super().read(size)
+
+    table(tmp_path / "a.parquet", [{"image": b"x", "caption": "x"}] * 3, row_group_size=1)
+    actual, disk = pyarrow.parquet.ParquetFile, Failing(tmp_path / "a.parquet")
+    monkeypatch.setattr(pyarrow.parquet, "ParquetFile", lambda path, **options: actual(disk, **options))
+    samples = Tables(Columns()).read(tmp_path / "a.parquet", 0, 3, LIMIT)
+    with pytest.raises(OSError, match="Input/output error"):
+        for _ in samples:
+            disk.fails = True
+
+
+def test_parquet_is_not_in_memory_as_a_whole(tmp_path):
+    rows = [{"image": random.Random(n).randbytes(10_000), "caption": "x"} for n in range(5000)]
+    table(tmp_path / "a.parquet", rows, compression="none", use_dictionary=False)
+    assert pyarrow.parquet.ParquetFile(tmp_path / "a.parquet").num_row_groups == 1
+    before, most = pyarrow.total_allocated_bytes(), 0
+    for sample in Tables(Columns()).read(tmp_path / "a.parquet", 0, 5000, LIMIT):
+        assert len(sample.image) == 10_000
+        most = max(most, pyarrow.total_allocated_bytes() - before)
+    assert most < 15e6, "of 50 MB"
 
 
 @pytest.mark.parametrize(
@@ -301,6 +411,40 @@ def test_sources_that_are_none_are_refused_by_name(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             find(sources)
+
+
+def test_a_source_that_cannot_be_looked_at_is_refused(tmp_path, monkeypatch):
+    def fail(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    for name in ("is_dir", "is_file"):
+        with monkeypatch.context() as patched, pytest.raises(ValueError, match=r"a.tar cannot be read: Permission"):
+            patched.setattr(Path, name, fail)
+            find([tmp_path / "a.tar"])
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet", "folder", "jsonl"])
+def test_a_source_that_has_changed_is_not_read(kind, tmp_path):
+    path = tmp_path / f"a.{kind}"
+    if kind == "tar":
+        write_tar(path, [(f"{n}.jpg", b"") for n in range(2)])
+    elif kind == "parquet":
+        table(path, [{"image": b""}] * 2)
+    elif kind == "jsonl":
+        path.write_text('{"file": "x.jpg"}\n{"file": "y.jpg"}\n')
+    else:
+        path.mkdir()
+        for name in ("1.jpg", "2.jpg"):
+            (path / name).write_bytes(b"")
+    (file,) = find([path])
+    last = units([file], [Readers(Columns(), LIMIT).index(file, 1)], 1)[-1]
+    assert len(list(Readers(Columns(), LIMIT).read(last))) == 1
+    if kind == "folder":
+        (path / "0.jpg").write_bytes(b"")
+    else:
+        path.write_bytes(path.read_bytes() + b"\n")
+    with pytest.raises(OSError, match=f"a.{kind} has changed since the encoding began"):
+        list(Readers(Columns(), LIMIT).read(last))
 
 
 def test_the_same_files_elsewhere_have_the_same_keys(tmp_path):

@@ -30,7 +30,7 @@ def test_both_kinds_of_text_are_measured_and_nothing_is_left(tmp_path):
     small, large = found["index"]
     assert (small["entries"], large["entries"]) == (10_000, 10**7)
     assert 0 <= large["grown"] < 20e6, "two bytes a sample"
-    assert lines[2].startswith("index of 10,000,000 samples: ")
+    assert lines[2].startswith("index of 10,000,000 samples in shards of 4,096: ")
 
 
 @pytest.mark.parametrize(("tokens", "channels", "expected"), [(77, 1024, 643.8), (256, 4096, 605.6)])

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torch
 from megadit.data.manifest import open_manifest
 from tests.data.encodings import files_of, quarantine_of, samples_of, tool_on, units_done
 from tests.data.planted import BAD, Planted, content, picture, plant, write_tar
+from tools import encode_dataset
 from tools.tiny_encoders import make_autoencoder, make_clip, make_t5
 
 COMMAND = [sys.executable, "tools/encode_dataset.py"]
@@ -154,6 +156,17 @@ def test_a_rank_that_fails_ends_the_others_and_the_rest_is_done_later(made, tmp_
     plant(gone, Planted(), 0, 150, pictures=[content(picture(0, 64, 64))])
     assert tool_on(1, *argv)[0][0] == 0
     assert open_manifest(out, verify=True).samples == 300
+
+
+def test_what_nobody_expected_is_shown_and_can_go_on(monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(encode_dataset, "run", fail)
+    assert encode_dataset.attempt(None, SimpleNamespace(rank=1, is_main=False), None) == 76
+    errors = capsys.readouterr().err
+    assert "Traceback" in errors and "RuntimeError: CUDA out of memory" in errors
+    assert errors.endswith("encode_dataset: process 1 failed; the same command goes on\n")
 
 
 @pytest.mark.drill
