@@ -210,7 +210,8 @@ def _leave_together(why: str | None, fault: Exception | None) -> None:
 
     why: of a request to stop. Collective. Raises the rank's own fault, Lost for another's, Stopped for any request.
     """
-    told = gathered((why, None if fault is None else str(fault)))
+    is_own = fault is not None and not isinstance(fault, Lost)  # not what was heard of another
+    told = gathered((why, str(fault) if is_own else None))
     if isinstance(fault, ValueError):  # of this rank alone
         raise Lost(str(fault)) from fault
     if fault is not None:

@@ -12,15 +12,18 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
+from megadit.data import encode as encode_module
 from megadit.data import encode_folder
 from megadit.data.buckets import BucketRule
-from megadit.data.encode import Lost
+from megadit.data.encode import Lost, Silent, Tally
 from megadit.data.encode_folder import EncodingFolder
 from megadit.data.encode_unit import UnitEncoder
 from megadit.data.manifest import open_manifest
 from megadit.data.shards import read_empty
+from megadit.runtime.launch import Meeting, Process
 from tests.data.encodings import (
     CONFIG,
     Never,
@@ -244,6 +247,16 @@ def test_a_rank_that_fails_while_another_stops_keeps_nobody_waiting(kind, tars, 
         (Lost, "process 1 failed: an encoder that fails"),
         (Lost if kind == "value" else RuntimeError, "an encoder that fails"),
     ]
+
+
+def test_a_rank_that_says_nothing_is_given_up_by_all_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(encode_module, "SILENCE_S", 0.2)
+    meeting = Meeting(lambda: dist.FileStore(str(tmp_path / "store"), 3))
+    one, other = (Tally(Process(rank, 3, rank, torch.device("cpu"), meeting), Never()) for rank in range(2))
+    with pytest.raises(Silent, match="no image for 0 seconds, and not every process is through"):
+        one.wait_for_all(lambda: None)
+    with pytest.raises(Silent, match="no image for 0 seconds"):
+        other.heed()
 
 
 def test_a_finished_set_is_left_as_it_is(undisturbed, tars):
