@@ -4,10 +4,15 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from megadit.data.encoded import EncodedLoader
 from megadit.data.manifest import MANIFEST_FILE
 from megadit.training.build import read_inputs
 from megadit.training.config import check, load_config
+from megadit.training.step import draw, draw_kept
 from tests.data.encoded_sets import CHANNELS, POOLED, T5, write_set
 from tests.ranks import run_ranks, train_on
 from tests.training.assembled import assembled, make_step
@@ -146,6 +151,26 @@ def test_classes_are_trained_on_without_text(tmp_path):
         assert len(set(found)) == 2 and np.isfinite(found).all()
     with pytest.raises(ValueError, match="classes up to 2, model.classes=2 has no room"):
         inputs_of(tmp_path / "classes", *by_class, "model.classes=2")
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**31), step=st.integers(1, 500))
+def test_what_is_dropped_does_not_depend_on_the_number_of_ranks(folder, seed, step):
+    """Captions and tokens that a sample is shown without, and its noise and time, at any step."""
+    mixture, found = inputs_of(folder).train, []
+    for size in (1, 2, 4, 8):
+        loaders = [EncodedLoader(mixture, seed, rank, size, ahead=0) for rank in range(size)]
+        batches = [loader.batch(step) for loader in loaders]
+        draws = [draw(seed, step, batch) for batch in batches]
+        kept = [draw_kept(seed, step, batch.sample_ids_B.tolist(), 16, 7) for batch in batches]
+        noise, normal, uniform = (
+            torch.cat(parts) for parts in zip(*(vars(each).values() for each in draws), strict=True)
+        )
+        found.append((noise, normal, uniform, torch.cat(kept), torch.cat([batch.sample_ids_B for batch in batches])))
+        for loader in loaders:
+            loader.close()
+    for other in found[1:]:
+        assert all(torch.equal(one, same) for one, same in zip(found[0], other, strict=True))
 
 
 def test_every_world_trains_on_the_same_samples(folder):
