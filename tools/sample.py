@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megadit.data.loader import open_dataset
-from megadit.data.stored import StoredCaptions
+from megadit.data.stored import numbers
 from megadit.encoders.condition import Condition
 from megadit.runtime.launch import process_group
 from megadit.runtime.log import setup_logging
@@ -56,11 +56,7 @@ def default_prompts(config: RunConfig, condition: Condition, count: int) -> list
     """Held-out captions or classes. Raises ValueError where the data has only what encoders made of its captions."""
     if config.data.kind != "shards":
         return open_dataset(config.data, "heldout", config.model.conditioning).prompts(count)
-    if config.model.conditioning == "class":
-        return [str(i % config.model.classes) for i in range(count)]
-    if isinstance(condition, StoredCaptions):
-        return [str(i % len(condition)) for i in range(count)]
-    raise ValueError("no prompts; say what to draw: an encoded data set does not hold its captions as text")
+    return numbers(condition, count)
 
 
 class Decoder(NamedTuple):

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from megadit.data.batch import Batch
 from megadit.data.mixture import Mixture, Place, Split
-from megadit.data.order import Order
-from megadit.data.shards import ShardReader, bytes_of
+from megadit.data.order import Order, within
+from megadit.data.shards import ShardReader
 from megadit.runtime.seed import stream
+from megadit.runtime.tensor_file import bytes_of
 
 
 class EncodedLoader:
@@ -58,8 +59,7 @@ class EncodedLoader:
             for begin in range(0, total, self.mixture.wanted.global_batch):
                 position_B = begin + np.arange(self._share.start, self._share.stop)
                 place_B = position_B % total
-                dataset_B = np.searchsorted(ends, place_B, side="right")
-                index_B = place_B - np.where(dataset_B > 0, ends[dataset_B - 1], 0)
+                dataset_B, index_B = within(ends, place_B)
                 places = self._locate("heldout", bucket.name, dataset_B, index_B)
                 batch = self._read(torch.from_numpy(first + place_B), bucket.latent, places, 0)
                 yield batch, torch.from_numpy(position_B < total).float()

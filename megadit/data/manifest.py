@@ -122,12 +122,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     replace_file(folder / MANIFEST_FILE, json.dumps(content, indent=1).encode() + b"\n")
 
 
-def open_manifest(folder: Path, verify: bool = False) -> Manifest:
-    """Read a data set's manifest and look at every shard: that it is there, of the size and with the header that were
-    written. `verify`: that its content is too, which reads everything.
+def read_manifest(folder: Path) -> Manifest:
+    """A data set's manifest alone: what made it. Raises ValueError that names the file, and says what to do."""
+    return _parse(folder / MANIFEST_FILE, _content(folder))
 
-    Raises ValueError that names the file, and says what to do.
-    """
+
+def _content(folder: Path) -> dict[str, Any]:
+    """The manifest's JSON, of this format. Raises ValueError."""
     path = folder / MANIFEST_FILE
     try:
         content = json.loads(path.read_bytes())
@@ -145,7 +146,17 @@ def open_manifest(folder: Path, verify: bool = False) -> Manifest:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else None
         raise ValueError(f"{path} is of format {found}, this version reads format {FORMAT}; encode the data set again")
-    manifest = _parse(path, content)
+    return content
+
+
+def open_manifest(folder: Path, verify: bool = False) -> Manifest:
+    """Read a data set's manifest and look at every shard: that it is there, of the size and with the header that were
+    written. `verify`: that its content is too, which reads everything.
+
+    Raises ValueError that names the file, and says what to do.
+    """
+    content = _content(folder)
+    manifest = _parse(folder / MANIFEST_FILE, content)
     told: dict[str, Spec] = {}
     if manifest.text:
         if file_sha256(folder / EMPTY_FILE) != content.get("empty_sha256"):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megadit.data.manifest import Bucket, Manifest, open_manifest, shard_path
-from megadit.data.order import permute, round_keys, shares
+from megadit.data.order import permute, round_keys, shares, within
 from megadit.data.shards import Caption, ShardReader, read_empty
 from megadit.runtime.tensor_file import Entry
 
@@ -155,8 +155,7 @@ class Mixture:
         # What is held out belongs to the data set, not to a run: the same for every seed.
         place_N = permute(index_N + first, total, round_keys(0, "split", bucket)).astype(np.int64)
         ends, paths = self._ends[dataset, bucket], self._paths[dataset, bucket]
-        shard_N = np.searchsorted(ends, place_N, side="right")
-        row_N = place_N - np.where(shard_N > 0, ends[shard_N - 1], 0)
+        shard_N, row_N = within(ends, place_N)
         return [(paths[shard], row) for shard, row in zip(shard_N.tolist(), row_N.tolist(), strict=True)]
 
     def reader(self, path: Path) -> ShardReader:

@@ -68,6 +68,16 @@ def _mixed(x_N: np.ndarray) -> np.ndarray:
     return x_N ^ (x_N >> np.uint64(31))
 
 
+def within(ends: np.ndarray, place_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Parts lie end to end, and end at `ends`: (the part that each place falls into, its place within that).
+
+    >>> [each.tolist() for each in within(np.array([3, 3, 5]), np.array([0, 2, 3, 4]))]
+    [[0, 0, 2, 2], [0, 2, 0, 1]]
+    """
+    part_N = np.searchsorted(ends, place_N, side="right")
+    return part_N, place_N - np.where(part_N > 0, ends[part_N - 1], 0)
+
+
 @dataclass(frozen=True)
 class Share:
     """What a bucket has of one data set: `samples`, of which it shows `per_cycle`, more or fewer by weight."""

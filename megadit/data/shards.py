@@ -32,7 +32,7 @@ from torch import Tensor
 
 from megadit.data.manifest import AGAIN, EMPTY_FILE, ShardEntry, header_sha256
 from megadit.runtime.disk import sync_folder
-from megadit.runtime.tensor_file import Entry, HashedTensorFileWriter, Spec, read_header
+from megadit.runtime.tensor_file import Entry, HashedTensorFileWriter, Spec, bytes_of, read_bytes, read_header
 
 Column = tuple[Spec, Sequence[Tensor]]  # a tensor of a file, and the parts that it is written of
 
@@ -196,11 +196,9 @@ class _Reader:
         """Fill bytes with a tensor's rows from `begin` on. Raises ValueError when the file ends before."""
         place = self._entry(name).begin + begin * self.row_bytes(name)
         try:
-            while out:
-                count = os.preadv(self._file, [out], place)
-                if count == 0:
-                    raise ValueError(f"{self.path} ends too early: it was cut short; {AGAIN}")
-                out, place = out[count:], place + count
+            read_bytes(self._file, place, out)
+        except EOFError as error:
+            raise ValueError(f"{self.path} ends too early: it was cut short; {AGAIN}") from error
         except OSError as error:
             raise ValueError(f"{self.path} cannot be read: {error.strerror}") from error
 
@@ -216,11 +214,6 @@ class _Reader:
         if name not in self.entries:
             raise ValueError(f"{self.path} has no {name}, only {_described(self.entries)}; {AGAIN}")
         return self.entries[name]
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
-    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 class ShardReader(_Reader):

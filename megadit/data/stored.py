@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from megadit.data.mixture import MixedBucket, Mixture, Split, padded
+from megadit.data.order import within
+from megadit.encoders.condition import Condition, Labels
 
 
 class StoredCaptions:
@@ -43,11 +45,16 @@ class StoredCaptions:
                 f"prompt {prompt!r} is not the number of a stored caption, 0 to {len(self) - 1}, and no encoder is at "
                 "hand to read it as text"
             )
-        ends = np.cumsum(self._counts)
-        dataset = int(np.searchsorted(ends, int(prompt), side="right"))
-        index = int(prompt) - (int(ends[dataset - 1]) if dataset else 0)
-        ((path, row),) = self.mixture.locate(self._split, dataset, self._bucket.name, np.array([index]))
+        (dataset,), index_N = within(np.cumsum(self._counts), np.array([int(prompt)]))
+        ((path, row),) = self.mixture.locate(self._split, int(dataset), self._bucket.name, index_N)
         return padded(self.mixture.reader(path).sample(row).captions[0], self.mixture.wanted.length)
+
+
+def numbers(condition: Condition, count: int) -> list[str]:
+    """So many prompts of a condition whose prompts are numbers, in turn. Raises ValueError for one that reads text."""
+    if not isinstance(condition, StoredCaptions | Labels):
+        raise ValueError("no prompts; say what to draw: an encoded data set does not hold its captions as text")
+    return [str(i % len(condition)) for i in range(count)]
 
 
 def largest(mixture: Mixture) -> MixedBucket:

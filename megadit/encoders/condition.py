@@ -100,6 +100,10 @@ class Labels:
         self.nothing = {"labels_B": torch.tensor([classes])}
         self._labels = {str(label): label for label in range(classes)}
 
+    def __len__(self) -> int:
+        """The number of prompts."""
+        return self.classes
+
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Raises ValueError naming a prompt that is not the number of a class."""
         for prompt in prompts:

@@ -133,7 +133,7 @@ def _fill(file: int, begin: int, shape: tuple[int, ...], offsets: tuple[int, ...
     row = math.prod(shape[1:]) * out.element_size()
     begin += offsets[0] * row
     if tuple(out.shape[1:]) == shape[1:] and out.is_contiguous():
-        _read_bytes(file, begin, out)
+        read_bytes(file, begin, bytes_of(out))
         return
     if row > _CHUNK and len(shape) > 2:
         for index in range(out.shape[0]):
@@ -142,19 +142,24 @@ def _fill(file: int, begin: int, shape: tuple[int, ...], offsets: tuple[int, ...
     for first in range(0, out.shape[0], max(1, _CHUNK // row)):
         rows = out[first : first + max(1, _CHUNK // row)]
         whole = torch.empty((rows.shape[0], *shape[1:]), dtype=out.dtype)
-        _read_bytes(file, begin + first * row, whole)
+        read_bytes(file, begin + first * row, bytes_of(whole))
         for dim in range(1, whole.ndim):
             whole = whole.narrow(dim, offsets[dim], out.shape[dim])
         rows.copy_(whole)
 
 
-def _read_bytes(file: int, begin: int, out: Tensor) -> None:
-    target = out.view(-1).view(torch.uint8).numpy().data
-    while target:
-        count = os.preadv(file, [target[: 1 << 30]], begin)
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def read_bytes(file: int, begin: int, out: memoryview) -> None:
+    """Fill `out` with what lies at byte `begin` of an open file. Raises EOFError when the file ends before, OSError."""
+    while out:
+        count = os.preadv(file, [out[: 1 << 30]], begin)
         if count == 0:
             raise EOFError
-        target, begin = target[count:], begin + count
+        out, begin = out[count:], begin + count
 
 
 AnyWriter = TypeVar("AnyWriter", bound="TensorFileWriter")
@@ -189,7 +194,7 @@ class TensorFileWriter:
 
     def write(self, tensor: Tensor) -> None:
         """Append a tensor, or some rows of one, in any layout and on any device."""
-        self._put(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self._put(bytes_of(tensor.detach().cpu().contiguous()))
 
     def _put(self, block: memoryview) -> None:
         try:

@@ -15,7 +15,7 @@ from megadit.checkpoint.source import locate
 from megadit.data.encoded import EncodedLoader
 from megadit.data.loader import Dataset, Loader, open_dataset
 from megadit.data.mixture import Mixture
-from megadit.data.stored import StoredCaptions, largest
+from megadit.data.stored import StoredCaptions, largest, numbers
 from megadit.diffusion.objective import velocity_loss
 from megadit.encoders.condition import Captions, Condition, Labels
 from megadit.encoders.tokenizer import Tokenizer
@@ -58,8 +58,7 @@ class Inputs:
         """Of the pictures along the way, held out where any are."""
         if not isinstance(self.heldout, Mixture):
             return self.heldout.prompts(count)
-        told = len(self.condition) if isinstance(self.condition, StoredCaptions) else self.heldout.wanted.classes
-        return [str(i % told) for i in range(count)]
+        return numbers(self.condition, count)
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from megadit.data.manifest import MANIFEST_FILE, Manifest
+from megadit.data.manifest import MANIFEST_FILE, Manifest, read_manifest
 from megadit.data.mixture import Mixture, Wanted, check_encoders, open_sources
 from megadit.encoders.frozen_text import FrozenText, load_encoders
 from megadit.encoders.pretrained import COMMIT
@@ -81,8 +82,8 @@ class Named(NamedTuple):
 
 
 def _first_manifest(config: RunConfig) -> Manifest:
-    source, *_ = open_sources(list(config.data.sets) or [config.data.path])
-    return source.manifest
+    first, *_ = config.data.sets or [config.data.path]
+    return read_manifest(Path(first).expanduser())
 
 
 def open_text_encoders(config: RunConfig, device: torch.device, online: bool = False) -> list[FrozenText]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from megadit.model.count import forward_flops
 from megadit.parallel.replicas import differing_replicas
 from megadit.runtime.agreement import gathered, of_main
 from megadit.runtime.clock import Clock, peak_memory_gb
+from megadit.runtime.disk import replace_file
 from megadit.runtime.status import DIVERGED, FINISHED, LOST, STOPPED, UNSAVED
 from megadit.runtime.stopping import StopRequests
 from megadit.sampling.picture import save_grid
@@ -151,8 +151,8 @@ def prepare_directory(run: Run) -> Events:
         if run.process.is_main:
             (directory / "samples").mkdir(parents=True, exist_ok=True)
             if isinstance(run.inputs.condition, Captions):
-                write_whole(directory / TOKENIZER_FILE, run.inputs.condition.tokenizer.serialized)
-            write_whole(directory / CONFIG_FILE, run.config.to_yaml().encode())
+                replace_file(directory / TOKENIZER_FILE, run.inputs.condition.tokenizer.serialized)
+            replace_file(directory / CONFIG_FILE, run.config.to_yaml().encode())
             events = Events(directory)
     except OSError as error:
         fault = f"run.dir={directory} cannot be written: {error.strerror}"
@@ -164,13 +164,6 @@ def prepare_directory(run: Run) -> Events:
     if fault is not None:
         raise ValueError(fault)
     return events
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Replace a file in one step: a kill leaves the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 class Oversight(NamedTuple):
