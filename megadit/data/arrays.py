@@ -60,6 +60,8 @@ def _read(path: str, conditioning: Conditioning) -> tuple[Tensor, list[str]]:
 class Arrays:
     """One split, "train" or "heldout" (one sample in ten)."""
 
+    is_endless = False
+
     def __init__(self, split: str, path: str, conditioning: Conditioning = "text") -> None:
         """With class conditioning a caption is the label. Raises ValueError naming the file and the array at fault."""
         images, captions = _read(path, conditioning)

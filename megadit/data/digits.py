@@ -58,6 +58,8 @@ def _scans() -> tuple[Tensor, Tensor]:
 class Digits:
     """One split of the scans, "train" or "heldout", with captions from that split's templates."""
 
+    is_endless = False
+
     def __init__(self, split: str, conditioning: Conditioning = "text") -> None:
         """With class conditioning a caption is the digit alone, in both splits."""
         images, labels = _scans()

@@ -12,6 +12,8 @@ from torch import Tensor
 from megadit.data.arrays import Arrays
 from megadit.data.batch import Batch
 from megadit.data.digits import Digits
+from megadit.data.shapes.dataset import Shapes
+from megadit.data.shapes.scene import Split, Task
 from megadit.encoders.condition import Condition, Conditioning
 from megadit.runtime.seed import stream
 
@@ -20,11 +22,12 @@ from megadit.runtime.seed import stream
 class DataConfig:
     """The data set, the samples of one optimizer step over all ranks, and those of one forward pass on one rank."""
 
-    kind: Literal["digits", "arrays", "shards", "images"] = "digits"
+    kind: Literal["digits", "shapes", "arrays", "shards", "images"] = "digits"
     # arrays: the .npz file; shards: the folder of an encoded data set; images: a folder, tar or parquet file, which is
     # encoded at the start into the run's folder.
     path: str = ""
-    resolution: int = 256  # images: pixels of a square's side, and so of the area of other shapes
+    resolution: int = 256  # images, shapes: pixels of a square's side, and so of the area of other shapes
+    tasks: tuple[Task, ...] = ()  # shapes: those that take turns; none: all six
     # shards, in place of `path`: several folders, and how often each is drawn, in any unit.
     sets: dict[str, float] = field(default_factory=dict)
     heldout: int = 100  # shards: one sample in so many is held out; 0: none
@@ -40,7 +43,12 @@ class DataConfig:
 
 
 class Dataset(Protocol):
-    """What the loader needs of a data set's split."""
+    """What the loader needs of a data set's split.
+
+    is_endless: there is a sample for every index, so none comes twice, and the split has no length.
+    """
+
+    is_endless: bool
 
     def __len__(self) -> int: ...
 
@@ -61,9 +69,16 @@ class Dataset(Protocol):
         """Captions, or numbers of classes, to sample pictures from."""
 
 
-def open_dataset(config: DataConfig, split: str, conditioning: Conditioning = "text") -> Dataset:
-    """The "train" or "heldout" split of what is held in memory. Raises ValueError naming a file that cannot be read."""
-    assert config.kind in ("digits", "arrays"), "those are read by a loader of their own"
+def open_dataset(config: DataConfig, split: Split, conditioning: Conditioning = "text") -> Dataset:
+    """The "train" or "heldout" split of what is held in memory, or drawn.
+
+    Raises ValueError naming a file that cannot be read, or the key at fault.
+    """
+    assert config.kind in ("digits", "shapes", "arrays"), "those are read by a loader of their own"
+    if config.kind == "shapes":
+        if conditioning != "text":
+            raise ValueError("data.kind=shapes has captions and no classes; use model.conditioning=text")
+        return Shapes(split, config.resolution, config.tasks)
     if config.kind == "arrays":
         return Arrays(split, config.path, conditioning)
     return Digits(split, conditioning)
@@ -96,7 +111,9 @@ class Loader:
     def batch(self, step: int) -> Batch:
         """This rank's batch of a training step (from 1)."""
         sample_ids = torch.arange((step - 1) * self.global_batch, step * self.global_batch)
-        indices = dataset_indices(self.seed, step, len(self.dataset), self.global_batch)
+        indices = sample_ids
+        if not self.dataset.is_endless:
+            indices = dataset_indices(self.seed, step, len(self.dataset), self.global_batch)
         return self._read(sample_ids.chunk(self.size)[self.rank], indices.chunk(self.size)[self.rank], step)
 
     def heldout(self) -> Iterator[tuple[Batch, Tensor]]:

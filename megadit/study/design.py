@@ -1,0 +1,112 @@
+"""What a study compares: a base configuration, variants of it, seeds, and how pictures are judged; read from YAML.
+
+name: cpu
+base: base.yaml              # a run's configuration, beside the study
+set: [run.steps=800]         # overrides of every run
+seeds: [0, 1, 2]
+same_flops: true             # variants must do the same work in a forward pass, to 1 %
+variants:
+  dense: {label: dense, set: [model.experts=0, model.ffn_ratio=6]}
+  expert_choice: {label: expert choice}
+judge: {trained: 100, heldout: 40, seed: 1}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from megadit.model.count import forward_flops
+from megadit.training.config import RunConfig, check, check_inputs, load_config
+
+FLOPS_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of what is compared. set: `section.key=value` overrides of the base."""
+
+    label: str = ""
+    set: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Pictures of each task, of combinations that training shows and of held-out ones, and the seed of their noise."""
+
+    trained: int = 100
+    heldout: int = 40
+    seed: int = 1
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared with what. The first variant is what the others are set against."""
+
+    name: str
+    base: str
+    variants: dict[str, Variant]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    set: tuple[str, ...] = ()
+    same_flops: bool = False
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training: a variant with a seed. place: the variant's in the study."""
+
+    place: int
+    variant: str
+    seed: int
+    base: Path
+    overrides: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}_seed{self.seed}"
+
+    def config(self) -> RunConfig:
+        """Raises ValueError for overrides that the base does not have or that do not go together."""
+        return load_config(self.base, self.overrides)
+
+
+def read_study(path: Path) -> Study:
+    """Raises ValueError naming the file, and the key or variant at fault, before anything is trained."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+        study: Study = TypeAdapter(Study).validate_python(raw)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    if len(study.seeds) < 2 or len(set(study.seeds)) < len(study.seeds):
+        raise ValueError(f"{path}: seeds {list(study.seeds)} must be two or more, all different: intervals are of them")
+    flops = {}
+    for trial in trials(study, path):
+        try:
+            config = trial.config()
+            check(config, 1)
+            check_inputs(config)
+        except ValueError as error:
+            raise ValueError(f"{path}: variant {trial.variant}: {error}") from error
+        flops[trial.variant] = forward_flops(config.model, config.text)
+    low, high = min(flops.values()), max(flops.values())
+    if study.same_flops and high > low * (1 + FLOPS_TOLERANCE):
+        told = ", ".join(f"{name} {value / 1e6:.2f}" for name, value in flops.items())
+        raise ValueError(f"{path}: same_flops, but a forward pass takes (MFLOP) {told}; change model.ffn_ratio")
+    return study
+
+
+def trials(study: Study, path: Path) -> Iterator[Trial]:
+    """Every training: the variants of one seed before those of the next, so that all meet the same machine."""
+    for seed in study.seeds:
+        for place, (name, variant) in enumerate(study.variants.items()):
+            yield Trial(place, name, seed, path.parent / study.base, (*study.set, *variant.set, f"run.seed={seed}"))

@@ -1,0 +1,140 @@
+"""Tables of a study in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import fmean
+
+from megadit.study.interval import Interval
+from megadit.study.summary import (
+    HELDOUT_LOSS,
+    SCORE,
+    SCORE_HELDOUT,
+    STEP_TIME,
+    Measure,
+    Variant,
+    task_rate,
+    tasks_of,
+    verdict,
+)
+
+ROUTING = ("picks", "unpicked", "busiest", "entropy", "load")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, numbers to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def shown(value: Interval | None, measure: Measure) -> str:
+    """A mean with half of its interval.
+
+    >>> shown(Interval(0.81234, 0.8, 0.82468), Measure("score, %", lambda record: None, True, 1, 100))
+    '81.2 ± 1.2'
+    """
+    if value is None:
+        return "–"
+    return f"{value.mean * measure.scale:.{measure.digits}f} ± {value.half * measure.scale:.{measure.digits}f}"
+
+
+def of_measures(variants: Sequence[Variant], measures: Sequence[Measure]) -> str:
+    header = ["", *(measure.name for measure in measures)]
+    rows = [[v.label, *(shown(v.interval(measure), measure) for measure in measures)] for v in variants]
+    return table(header, rows)
+
+
+def setup(variants: Sequence[Variant]) -> str:
+    """What all trials have in common, in a sentence."""
+    records = [record for variant in variants for record in variant.records]
+    first, seeds = records[0], [record["seed"] for record in variants[0].records]
+    machine = first["machine"]
+    where = ", ".join(machine["gpus"]) or f"{machine['cores']} CPU cores ({machine['cpu']})"
+    hours = sum(record["training_seconds"] for record in records) / machine["trials_side_by_side"] / 60
+    skipped = sum(record["skipped"] for record in records)
+    return (
+        f"{len(records)} trials: {len(variants)} variants with seeds {', '.join(map(str, seeds))}; {first['steps']:,} "
+        f"steps on {first['images']:,} images each; {where}, {machine['trials_side_by_side']} trials side by side, "
+        f"torch {machine['torch']}; {hours:.0f} minutes of training in all; steps left out for numbers that were not finite: "
+        f"{skipped}.\n"
+    )
+
+
+def sizes(variants: Sequence[Variant]) -> str:
+    rows = []
+    for variant in variants:
+        record = variant.records[0]
+        rows.append(
+            [
+                variant.label,
+                f"{record['parameters'] / 1e6:.2f}",
+                f"{record['activated_parameters'] / 1e6:.2f}",
+                f"{record['forward_flops'] / 1e6:.2f}",
+                shown(variant.interval(STEP_TIME), STEP_TIME),
+                f"{max(record['peak_memory_gb'] for record in variant.records):.2f}",
+            ]
+        )
+    header = ["", "parameters, M", "activated, M", "MFLOP per image", STEP_TIME.name, "peak memory, GB"]
+    return table(header, rows)
+
+
+def scores(variants: Sequence[Variant]) -> str:
+    measures = [Measure(f"{task}, %", task_rate(task, "trained"), True, 1, 100) for task in tasks_of(variants)]
+    return of_measures(variants, [HELDOUT_LOSS, SCORE, *measures])
+
+
+def heldout_scores(variants: Sequence[Variant]) -> str:
+    tasks = tasks_of(variants)
+    measures = [Measure(f"{task}, %", task_rate(task, "heldout"), True, 1, 100) for task in tasks]
+    has_some = [m for m in measures if variants[0].interval(m) is not None]
+    return of_measures(variants, [SCORE_HELDOUT, *has_some])
+
+
+def verdicts(variants: Sequence[Variant]) -> str:
+    """Each variant beside the first, in words that follow from the intervals."""
+    first, *others = variants
+    measures = (SCORE, SCORE_HELDOUT, HELDOUT_LOSS, STEP_TIME)
+    rows = [[other.label, *(verdict(other, first, measure) or "–" for measure in measures)] for other in others]
+    return table([f"beside {first.label}", *(measure.name.removesuffix(", %") for measure in measures)], rows)
+
+
+def overview(variants: Sequence[Variant]) -> str:
+    """Loss and score of many variants, and what may be concluded beside the first."""
+    first, measures = variants[0], (HELDOUT_LOSS, SCORE, STEP_TIME)
+    header = ["", "MFLOP per image", "parameters, M"]
+    for measure in measures:
+        header += [measure.name, f"beside {first.label}"]
+    rows = []
+    for variant in variants:
+        record = variant.records[0]
+        row = [variant.label, f"{record['forward_flops'] / 1e6:.2f}", f"{record['parameters'] / 1e6:.2f}"]
+        for measure in measures:
+            said = "" if variant is first else verdict(variant, first, measure)
+            row += [shown(variant.interval(measure), measure), said]
+        rows.append(row)
+    return table(header, rows)
+
+
+def routing(variants: Sequence[Variant]) -> str:
+    """Means over seeds at the end of training, by layer."""
+    rows = []
+    for variant in variants:
+        for layer in variant.records[0]["routing"]:
+            stats = [record["routing"][layer] for record in variant.records]
+            cells = [f"{fmean(each[key] for each in stats):.3f}" if key in stats[0] else "–" for key in ROUTING]
+            rows.append([f"{variant.label}, layer {layer}", *cells])
+    names = ("picks per token", "unpicked", "most picks of a token", "entropy", "busiest expert's load")
+    return table(["", *names], rows)
+
+
+def best(variants: Sequence[Variant]) -> str:
+    """The best score of a variant, in a sentence."""
+    means = {v.label: v.interval(SCORE) for v in variants}
+    label, interval = max(means.items(), key=lambda item: item[1].mean if item[1] else 0.0)
+    return f"The best mean score is that of {label}: {shown(interval, SCORE)} %.\n"
+
+
+TABLES: dict[str, Callable[[list[Variant]], str]] = {
+    table.__name__: table  # type: ignore[misc]
+    for table in (setup, sizes, scores, heldout_scores, verdicts, overview, routing, best)
+}
