@@ -44,7 +44,7 @@ from megadit.runtime.launch import LaunchError, Process, process_group
 from megadit.runtime.log import setup_logging
 from megadit.sampling.generate import SampleConfig
 from megadit.sampling.prompts import read_prompts
-from megadit.training.config import CONFIG_FILE
+from megadit.training.config import CONFIG_FILE, check
 from megadit.training.encoded import Named, autoencoder_of
 from megadit.training.restore import Sampler, open_sampler
 
@@ -111,6 +111,7 @@ def open_painter(args: argparse.Namespace, process: Process) -> Painter:
         named = Named(args.autoencoder, "") if args.autoencoder else autoencoder_of(sampler.config)
         decoder = open_decoder(named, process.device)
         settings = replace(sampler.config.sample, **given)
+        check(replace(sampler.config, sample=settings), process.world_size)
         painter = Painter(args.run, sampler, decoder, settings, args.seed, args.size, args.batch)
         painter.check_shows()
     return painter
@@ -298,6 +299,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python tools/evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, do: Callable[..., Any], alone: bool = False) -> argparse.ArgumentParser:

@@ -103,7 +103,7 @@ def draw_prompts(
     repeated = [text for text in texts for _ in range(samples)]
     with tqdm(total=left, desc="prompts", unit="prompt", dynamic_ncols=True, disable=world.rank > 0) as bar:
         for indices, pictures in painter.turns(repeated, there, drawn):
-            with together():
+            with together():  # a disk may be full on one rank
                 for index, picture in zip(indices, pictures, strict=True):
                     if index not in there:
                         write(index // samples, index % samples, picture)
