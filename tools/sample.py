@@ -55,7 +55,7 @@ from megadit.sampling.prompts import read_prompts
 from megadit.training.config import CONFIG_FILE, RunConfig, check, check_sizes, load_config
 from megadit.training.encoded import Named, autoencoder_of
 from megadit.training.restore import PICTURES_PER_CALL, Sampler, as_drawn, open_sampler
-from megadit.training.sizes import untrained_size
+from megadit.training.trained_sizes import untrained_size
 
 logger = logging.getLogger("megadit")
 
