@@ -1,5 +1,6 @@
 """Prompts to a PNG, by the command that users type."""
 
+import doctest
 import json
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import tools.sample
 from tests.ranks import tool_on, train_on
 
 TOOL = "tools/sample.py"
@@ -283,3 +285,7 @@ def test_help_teaches(learned):
     assert status == 0
     for word in ("torchrun", "srun", "deepspeed", "--tensor", "--folder", "prompts.jsonl", "heun", "zbv", "--batch"):
         assert word in output
+
+
+def test_messages_speak_of_options():
+    assert doctest.testmod(tools.sample).failed == 0
