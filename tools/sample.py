@@ -55,7 +55,7 @@ from megadit.sampling.prompts import read_prompts
 from megadit.training.config import CONFIG_FILE, RunConfig, check, check_sizes, load_config
 from megadit.training.encoded import Named, autoencoder_of
 from megadit.training.restore import PICTURES_PER_CALL, Sampler, as_drawn, open_sampler
-from megadit.training.sizes import untrained_size
+from megadit.training.trained_sizes import untrained_size
 
 logger = logging.getLogger("megadit")
 
@@ -189,10 +189,11 @@ def default_prompts(config: RunConfig, condition: Condition, count: int) -> list
 
 
 class Decoder(NamedTuple):
-    """What makes pixels of latents. cell: pixels along one side of a latent's cell."""
+    """What makes pixels of latents. cell: pixels along one side of a latent's cell. name: the autoencoder's."""
 
     decode: Callable[[Tensor], Tensor]
     cell: int
+    name: str
 
     def latent_size(self, size: tuple[int, int] | None, patch: int) -> tuple[int, int] | None:
         """Raises ValueError for a size that cells and patches do not divide."""
@@ -207,14 +208,27 @@ class Decoder(NamedTuple):
 def open_decoder(named: Named | None, device: torch.device, online: bool) -> Decoder:
     """That of an autoencoder; without one, latents are pixels. Raises ValueError if it is not there."""
     if named is None:
-        return Decoder(lambda images_BCHW: images_BCHW, 1)
+        return Decoder(lambda images_BCHW: images_BCHW, 1, "")
     from megadit.encoders.autoencoder import Autoencoder
 
     autoencoder = Autoencoder.load(named.name, device, torch.float32, named.revision, online)
     return Decoder(
         lambda latents_BCHW: torch.cat([autoencoder.decode(each) for each in latents_BCHW.split(1)]),
         autoencoder.downscale,
+        named.name,
     )
+
+
+def named_autoencoder(config: RunConfig, asked_for: str | None) -> Named | None:
+    """The one that is asked for, else the run's; None where latents are pixels. Raises ValueError if nothing says which
+    that is.
+    """
+    if asked_for:
+        return Named(asked_for, "")
+    try:
+        return autoencoder_of(config)
+    except ValueError as error:
+        raise ValueError(f"{error}; without it, name what decodes pictures with --autoencoder") from error
 
 
 @dataclass(frozen=True)
@@ -247,6 +261,7 @@ class Job:
             "step": self.sampler.step,
             "height": size[0] * self.decoder.cell,
             "width": size[1] * self.decoder.cell,
+            "autoencoder": self.decoder.name,
             **asdict(self.settings),
         }
 
@@ -264,8 +279,7 @@ def prepare(args: argparse.Namespace, process: Process) -> Job:
         if path:
             of_main(partial(check_writable, path))
     with together():
-        autoencoder = Named(args.autoencoder, "") if args.autoencoder else autoencoder_of(config)
-        decoder = open_decoder(autoencoder, process.device, args.online)
+        decoder = open_decoder(named_autoencoder(config, args.autoencoder), process.device, args.online)
         size = decoder.latent_size(args.size, config.model.patch)
         check_sizes(config, [size] if size else [])
     sampler = open_sampler(args.run, process, parallel, args.online)

@@ -293,4 +293,9 @@ def open_condition(config: RunConfig, directory: Path, device: torch.device, onl
         return Captions(Tokenizer.load(tokenizer), text.length)
     if text.kind == "precomputed":
         return StoredCaptions(open_mixture(config))
-    return FrozenCaptions(open_text_encoders(config, device, online), text.too_long)
+    try:
+        encoders = open_text_encoders(config, device, online)
+    except ValueError as error:
+        where = f"text.{' and text.'.join(text.kind.split('+'))} in {directory / CONFIG_FILE}"
+        raise ValueError(f"{error}; {where} may name what reads the prompts") from error
+    return FrozenCaptions(encoders, text.too_long)
