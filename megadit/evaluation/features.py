@@ -111,7 +111,7 @@ def open_inception(file: Path, device: torch.device) -> Extractor:
     """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that is of another torch
         raise ValueError(
             f"Inception-v3's features need the packages torch-fidelity and torchvision ({error}); install "
             "torch-fidelity with the torchvision that belongs to your torch, or name the folder of a CLIP or DINOv2 "
