@@ -15,8 +15,13 @@ def read_requirements(name: str) -> list[str]:
 
 
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megadit/__init__.py").read_text(encoding="utf-8"))
-# What a training does not need: pictures of loss curves; frozen encoders, which data is encoded with.
-OPTIONAL = {"plots": ["matplotlib"], "encoders": ["diffusers", "pyarrow", "transformers"]}
+# What a training does not need: pictures of loss curves; frozen encoders, which data is encoded with; what judges
+# pictures.
+OPTIONAL = {
+    "plots": ["matplotlib"],
+    "encoders": ["diffusers", "pyarrow", "transformers"],
+    "evaluation": ["matplotlib", "torchmetrics", "transformers"],
+}
 pins = {line.split("==")[0]: line for line in read_requirements("requirements.txt")}
 
 setup(

@@ -347,3 +347,29 @@ def train_and_kill(world_size: int, when: Callable[[], bool], *argv: str, victim
             assert killed == (rank in victims) and not good, f"rank {rank} ended by itself: {value}"
     finally:
         ranks.kill()
+
+
+def _tool(rank: int, environ: dict[str, str], script: str, argv: Sequence[str], stdin: str) -> tuple[int, str, str]:
+    import runpy
+
+    os.environ.update({key: value.format(rank=rank) for key, value in environ.items()})
+    output, errors = io.StringIO(), io.StringIO()
+    sys.argv = [script, *argv]
+    sys.stdin = io.TextIOWrapper(io.BytesIO(stdin.encode()))
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            runpy.run_path(script, run_name="__main__")
+            status: Any = 0
+        except SystemExit as ending:
+            status = ending.code
+    return int(status or 0), output.getvalue(), errors.getvalue()
+
+
+def tool_on(world_size: int, script: str, *argv: object, stdin: str = "") -> list[tuple[int, str, str]]:
+    """A tool on several ranks, as a launcher would start it: (exit status, stdout, stderr) of each."""
+    ranks = _Ranks()
+    try:
+        ranks.ask(world_size, _tool, launcher_environ(world_size), script, [str(arg) for arg in argv], stdin)
+        return ranks.gather(world_size, TIME_LIMIT)
+    finally:
+        ranks.kill()

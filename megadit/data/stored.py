@@ -32,19 +32,24 @@ class StoredCaptions:
 
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Each sample's first caption. Raises ValueError for a prompt that is not the number of a sample."""
+        self.check(prompts)
         told = [self._told(prompt.strip()) for prompt in prompts]
         return {key: torch.cat([one[key] for one in told]) for key in self.nothing}
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raises ValueError for a prompt that is not the number of a sample."""
+        for prompt in (each.strip() for each in prompts):
+            if not prompt.isdecimal() or int(prompt) >= len(self):
+                raise ValueError(
+                    f"prompt {prompt!r} is not the number of a stored caption, 0 to {len(self) - 1}, and no encoder "
+                    "is at hand to read it as text"
+                )
 
     def warnings(self, prompts: Sequence[str]) -> list[str]:
         """None: a number is read as it is, or refused."""
         return []
 
     def _told(self, prompt: str) -> dict[str, Tensor]:
-        if not prompt.isdecimal() or int(prompt) >= len(self):
-            raise ValueError(
-                f"prompt {prompt!r} is not the number of a stored caption, 0 to {len(self) - 1}, and no encoder is at "
-                "hand to read it as text"
-            )
         (dataset,), index_N = within(np.cumsum(self._counts), np.array([int(prompt)]))
         ((path, row),) = self.mixture.locate(self._split, int(dataset), self._bucket.name, index_N)
         return padded(self.mixture.reader(path).sample(row).captions[0], self.mixture.wanted.length)

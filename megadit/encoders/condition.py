@@ -27,7 +27,10 @@ class Condition(Protocol):
     nothing: dict[str, Tensor]
 
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Tensors with the prompts along dimension 0. Raises ValueError for a prompt that means nothing."""
+        """Tensors with the prompts along dimension 0. Raises ValueError as `check`."""
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raises ValueError for a prompt that means nothing. Quick: no encoder runs."""
 
     def warnings(self, prompts: Sequence[str]) -> list[str]:
         """What someone who wrote these prompts should know."""
@@ -45,6 +48,9 @@ class Captions:
         """Any text will do; a longer one is cut."""
         ids_BL, mask_BL = self.tokenizer.encode(prompts, self.length)
         return {"text_ids_BL": ids_BL, "text_mask_BL": mask_BL}
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Any text will do."""
 
     def warnings(self, prompts: Sequence[str]) -> list[str]:
         """Which prompts are cut."""
@@ -69,18 +75,24 @@ class FrozenCaptions:
         self.nothing = self.encode([""])
 
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Any text will do. A longer one is cut, or with too_long="error" raises ValueError that names it."""
+        """Any text will do. A longer one is cut, or with too_long="error" refused."""
         reader, *others = self.encoders
-        if self.too_long == "error":
-            for prompt in reader.too_long(prompts):
-                raise ValueError(
-                    f"the caption {prompt!r} is longer than the {reader.length} tokens that are read; shorten it, set "
-                    "a larger text.length, or text.too_long=cut"
-                )
+        self.check(prompts)
         said = reader.encode(prompts)
         pooled_BP = others[0].encode(prompts).pooled_BP if others else said.pooled_BP
         told = {"text_states_BLC": said.states_BLC, "text_mask_BL": said.mask_BL}
         return told if pooled_BP is None else told | {"text_pooled_BP": pooled_BP}
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """With too_long="error" raises ValueError that names a longer text."""
+        if self.too_long == "cut":
+            return
+        reader = self.encoders[0]
+        for prompt in reader.too_long(prompts):
+            raise ValueError(
+                f"the caption {prompt!r} is longer than the {reader.length} tokens that are read; shorten it, set a "
+                "larger text.length, or text.too_long=cut"
+            )
 
     def warnings(self, prompts: Sequence[str]) -> list[str]:
         """Which prompts an encoder cuts, where that is not an error."""
@@ -106,12 +118,37 @@ class Labels:
 
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Raises ValueError naming a prompt that is not the number of a class."""
-        for prompt in prompts:
-            if prompt.strip() not in self._labels:
-                raise ValueError(f"prompt {prompt!r} is not a class; write its number, 0 to {self.classes - 1}")
+        self.check(prompts)
         labels = [self._labels[prompt.strip()] for prompt in prompts]
         return {"labels_B": torch.tensor(labels, dtype=torch.int64)}
 
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raises ValueError naming a prompt that is not the number of a class."""
+        for prompt in prompts:
+            if prompt.strip() not in self._labels:
+                raise ValueError(f"prompt {prompt!r} is not a class; write its number, 0 to {self.classes - 1}")
+
     def warnings(self, prompts: Sequence[str]) -> list[str]:
         """None: a number is read as it is, or refused."""
+        return []
+
+
+class Told:
+    """A condition that has read its prompts already, and warned of them: whoever draws them reads nothing again."""
+
+    def __init__(self, condition: Condition, prompts: Sequence[str]) -> None:
+        """Raises ValueError as `condition.encode`."""
+        self.nothing = condition.nothing
+        self._prompts, self._told = list(prompts), condition.encode(prompts)
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """What was made of these prompts, the ones that it was made for."""
+        assert list(prompts) == self._prompts, "other prompts than those that were read"
+        return self._told
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """They were read, so they mean something."""
+
+    def warnings(self, prompts: Sequence[str]) -> list[str]:
+        """None that is new."""
         return []

@@ -49,3 +49,10 @@ def together() -> Iterator[None]:
     first = next((message for message in gathered(fault) if message is not None), None)
     if first is not None:
         raise ValueError(first)
+
+
+def brought_to_main(own: Found) -> list[Found]:
+    """What every rank brings, by rank, on rank 0; nothing on the others. Collective; for what is too large for all."""
+    found: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(own, found, dst=0)
+    return found or []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,13 +13,15 @@ from torch import Tensor, nn
 from megadit import checkpoint
 from megadit.data.stored import StoredCaptions
 from megadit.diffusion.sampler import Progress
-from megadit.encoders.condition import Captions, Condition, FrozenCaptions, Labels
+from megadit.encoders.condition import Captions, Condition, FrozenCaptions, Labels, Told
 from megadit.encoders.tokenizer import Tokenizer
 from megadit.parallel.grid import Grid, ParallelConfig
 from megadit.parallel.pipeline.schedule import Pipeline
-from megadit.runtime.agreement import of_main
+from megadit.runtime.agreement import of_main, together
 from megadit.runtime.launch import Process
 from megadit.sampling.generate import SampleConfig, generate
+from megadit.sampling.prompts import check_prompts
+from megadit.sampling.share import Round, rounds_of
 from megadit.training.build import TOKENIZER_FILE, build_pipeline, build_stages, named_parameters
 from megadit.training.config import (
     CONFIG_FILE,
@@ -33,12 +36,21 @@ from megadit.training.config import (
 from megadit.training.encoded import open_mixture, open_text_encoders
 from megadit.training.state import logical_tensor
 
+logger = logging.getLogger("megadit")
+
+PICTURES_PER_CALL = 16  # of a rank, unless it is said; guidance doubles what the network sees
+WARNINGS_SHOWN = 10
+
 
 @dataclass(frozen=True)
 class Sampler:
-    """A network that draws pictures from prompts: captions, or numbers of classes."""
+    """A network that draws pictures from prompts: captions, or numbers of classes.
+
+    `draw` has every data-parallel rank draw the same pictures; `shares` and `draw_all` have each draw some.
+    """
 
     config: RunConfig
+    grid: Grid
     pipeline: Pipeline
     condition: Condition
     step: int  # of the checkpoint
@@ -67,15 +79,13 @@ class Sampler:
 
         size: (H, W), None for a square of model.image_size. Raises ValueError for one that has no whole patches.
         """
-        channels, *square = self.image_shape
-        height, width = size or square
-        check_sizes(self.config, [(height, width)])
+        image_shape, settings = self._settled(settings, size)
         return generate(
             self.pipeline,
             self.condition,
             prompts,
-            (channels, height, width),
-            sampling_of(self.config, settings, (height, width)),
+            image_shape,
+            settings,
             seed,
             self.config.dtype,
             first_index,
@@ -83,26 +93,145 @@ class Sampler:
             progress,
         )
 
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raises ValueError for no prompts, for one that is empty, and for one that means nothing to the network."""
+        check_prompts(prompts)
+        self.condition.check(prompts)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank is the one, of those that hold a replica of the model, that writes what `shares` yields."""
+        return self.grid["pp"].rank == 0 and self.grid["tp"].rank == 0
+
+    def shares(
+        self,
+        prompts: Sequence[str],
+        settings: SampleConfig,
+        seed: int,
+        *,
+        batch: int | None = None,
+        progress: Progress = iter,
+        size: tuple[int, int] | None = None,
+        there: Container[int] = (),
+        drawn: Callable[[range], object] = lambda pictures: None,
+    ) -> Iterator[tuple[range, Tensor]]:
+        """This data-parallel rank's pictures, call after call: (indices into the prompts, their images [n, C, H, W]).
+
+        Collective over the world, and so is every turn of the iteration: on every rank there are as many, and one where
+        a rank has nothing to draw yields an empty range. Picture i is that of `draw`, whatever the number of ranks and
+        the batch: its noise is a function of (seed, i).
+
+        batch: pictures of one call on one rank, in whole routing groups. progress: wraps the steps of each call. size:
+        as of `draw`. there: indices that need not be drawn, the same on every rank: a turn in which all ranks have such
+        alone is left out, so that what is drawn has the neighbours that it would have had. drawn: told, after each
+        turn, which pictures all ranks have drawn in it.
+
+        Raises ValueError, on every rank and before anything is drawn, as `draw`.
+        """
+        rank = self.grid["dp"].rank
+        rounds, draw = self._plan(prompts, settings, seed, batch, progress, size)
+
+        def shares() -> Iterator[tuple[range, Tensor]]:
+            for each in rounds:
+                if all(index in there for index in each.pictures):
+                    drawn(each.pictures)
+                    continue
+                images_BCHW, kept = draw(each.drawn(rank)), each.kept(rank)
+                drawn(each.pictures)
+                yield kept, images_BCHW[: len(kept)]
+
+        return shares()
+
+    def draw_all(
+        self,
+        prompts: Sequence[str],
+        settings: SampleConfig,
+        seed: int,
+        *,
+        batch: int | None = None,
+        progress: Progress = iter,
+        size: tuple[int, int] | None = None,
+        drawn: Callable[[range], object] = lambda pictures: None,
+        finish: Callable[[Tensor], Tensor] = lambda images_BCHW: images_BCHW,
+    ) -> Tensor:
+        """All pictures in the order of their prompts, [N, C, H, W], on every rank; arguments and errors as of `shares`.
+
+        finish: what is made of each call's images by the rank that drew them, such as pixels of latents.
+        """
+        data_ranks, parts = self.grid["dp"], []
+        rounds, draw = self._plan(prompts, settings, seed, batch, progress, size)
+        for each in rounds:
+            # Every rank's are as many, and they lie in the order of the ranks.
+            images_BCHW = data_ranks.all_gather(finish(draw(each.drawn(data_ranks.rank))), dim=0)
+            parts.append(images_BCHW[: len(each.pictures)])
+            drawn(each.pictures)
+        return torch.cat(parts)
+
+    def _plan(
+        self,
+        prompts: Sequence[str],
+        settings: SampleConfig,
+        seed: int,
+        batch: int | None,
+        progress: Progress,
+        size: tuple[int, int] | None,
+    ) -> tuple[list[Round], Callable[[range], Tensor]]:
+        """The rounds, and what draws a rank's part of one, filling and all. Raises what can be refused."""
+        image_shape, settings = self._settled(settings, size)
+        self.check(prompts)
+        if self.grid.rank == 0:  # of other ranks' prompts, too
+            warn(self.condition.warnings(list(dict.fromkeys(prompts))))
+
+        def draw(indices: range) -> Tensor:
+            own = [prompts[min(index, len(prompts) - 1)] for index in indices]
+            with together():  # other ranks read other prompts, perhaps from files
+                told = Told(self.condition, own)
+            dtype, first = self.config.dtype, indices.start
+            return generate(self.pipeline, told, own, image_shape, settings, seed, dtype, first, self.group, progress)
+
+        return rounds_of(len(prompts), self.group, self.grid["dp"].size, batch or PICTURES_PER_CALL), draw
+
+    def _settled(
+        self, settings: SampleConfig, size: tuple[int, int] | None
+    ) -> tuple[tuple[int, int, int], SampleConfig]:
+        """(the shape of an image of this size, what draws it). Raises ValueError for a size without whole patches."""
+        channels, *square = self.image_shape
+        height, width = size or square
+        check_sizes(self.config, [(height, width)])
+        return (channels, height, width), sampling_of(self.config, settings, (height, width))
+
+
+def warn(warnings: Sequence[str]) -> None:
+    """In the log, the first few of them."""
+    for warning in warnings[:WARNINGS_SHOWN]:
+        logger.warning("%s", warning)
+    if len(warnings) > WARNINGS_SHOWN:
+        logger.warning("and %d more like it", len(warnings) - WARNINGS_SHOWN)
+
 
 def open_sampler(
     directory: Path, process: Process, parallel: ParallelConfig | None = None, online: bool = False
 ) -> Sampler:
     """The sampler of a run's folder, on this process's place in `parallel` (one rank by default). Collective.
 
-    `online`: text encoders that are not on this machine are downloaded. Raises ValueError naming the file for a folder
-    that holds no run or no complete checkpoint.
+    `online`: text encoders that are not on this machine are downloaded. Raises ValueError on every rank: for a layout
+    that the model or the number of processes does not allow, before a checkpoint is read, and naming the file for a
+    folder that holds no run or no complete checkpoint, and for what reads its prompts and is not there.
     """
-    config = as_drawn(load_config(directory / CONFIG_FILE), process.world_size, parallel or ParallelConfig())
-    check_inputs(config)
+    with together():
+        config = as_drawn(load_config(directory / CONFIG_FILE), process.world_size, parallel or ParallelConfig())
+        check_inputs(config)
+        layout = check(config, process.world_size)
     path = of_main(lambda: checkpoint.latest(directory / "checkpoints"))
     if path is None:
         raise ValueError(f"{directory / 'checkpoints'}: no complete checkpoint; train the run first")
-    grid = Grid(check(config, process.world_size), process.rank)
+    step = of_main(lambda: int(checkpoint.read_manifest(path)["step"]))
+    with together():
+        condition = open_condition(config, directory, process.device, online)
+    grid = Grid(layout, process.rank)
     stages = build_stages(config, grid, process.device)
     load_averages(path, named_parameters(stages), grid)
-    condition = open_condition(config, directory, process.device, online)
-    step = int(checkpoint.read_manifest(path)["step"])
-    return Sampler(config, build_pipeline(config, stages, grid, process.device), condition, step)
+    return Sampler(config, grid, build_pipeline(config, stages, grid, process.device), condition, step)
 
 
 @torch.no_grad()
@@ -113,6 +242,8 @@ def load_averages(path: Path, named: Sequence[tuple[str, nn.Parameter]], grid: G
     """
     saved = of_main(lambda: {name: entry["dtype"] for name, entry in checkpoint.read_manifest(path)["tensors"].items()})
     kind = "ema" if any(name.startswith("ema.") for name in saved) else "weight"
+    if kind == "weight":
+        logger.warning("%s holds no averages (ema.*): pictures are drawn with its weights", path)
     flats, state = [], {}
     for name, parameter in named:
         key = f"{kind}.{name}"
@@ -127,7 +258,10 @@ def load_averages(path: Path, named: Sequence[tuple[str, nn.Parameter]], grid: G
 
 
 def as_drawn(trained: RunConfig, world_size: int, parallel: ParallelConfig) -> RunConfig:
-    """The configuration of a training, made one of drawing on another layout."""
+    """The configuration of a training, made one of drawing on another layout.
+
+    What has a meaning backward alone does not stand in the way of a layout.
+    """
     model = trained.model
     # Without a capacity images do not compete: a group as large as a training's batch would be work for nothing.
     apart = model.routing == "token_choice" and model.dropless
@@ -135,7 +269,10 @@ def as_drawn(trained: RunConfig, world_size: int, parallel: ParallelConfig) -> R
     # The batch of training has no other meaning here; any that fits the layout will do.
     data = replace(trained.data, global_batch=world_size * group, micro_batch=group, verify=False)
     model, objective = replace(model, routing_group=group), replace(trained.objective, keep_tokens=1.0)
-    return replace(trained, model=model, objective=objective, data=data, parallel=parallel)
+    # zbv splits the backward pass, which goes with none of these; there is none.
+    run = replace(trained.run, recompute="none", compile=trained.run.compile and parallel.schedule != "zbv")
+    zero = replace(trained.zero, stage=min(trained.zero.stage, 1))
+    return replace(trained, run=run, zero=zero, model=model, objective=objective, data=data, parallel=parallel)
 
 
 def open_condition(config: RunConfig, directory: Path, device: torch.device, online: bool = False) -> Condition:
@@ -147,7 +284,18 @@ def open_condition(config: RunConfig, directory: Path, device: torch.device, onl
     if config.model.conditioning == "class":
         return Labels(config.model.classes)
     if text.kind == "builtin":
-        return Captions(Tokenizer.load(directory / TOKENIZER_FILE), text.length)
+        tokenizer = directory / TOKENIZER_FILE
+        if not tokenizer.exists():
+            raise ValueError(
+                f"{tokenizer} is missing: the run's weights know no other tokenizer; copy it here from where the run "
+                "was trained"
+            )
+        return Captions(Tokenizer.load(tokenizer), text.length)
     if text.kind == "precomputed":
         return StoredCaptions(open_mixture(config))
-    return FrozenCaptions(open_text_encoders(config, device, online), text.too_long)
+    try:
+        encoders = open_text_encoders(config, device, online)
+    except ValueError as error:
+        where = f"text.{' and text.'.join(text.kind.split('+'))} in {directory / CONFIG_FILE}"
+        raise ValueError(f"{error}; {where} may name what reads the prompts") from error
+    return FrozenCaptions(encoders, text.too_long)

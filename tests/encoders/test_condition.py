@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from megadit.encoders.condition import Captions, FrozenCaptions, Labels
+from megadit.encoders.condition import Captions, FrozenCaptions, Labels, Told
 from megadit.encoders.frozen_text import FrozenText
 from megadit.encoders.tokenizer import Tokenizer
 from tools import tiny_encoders as tiny
@@ -140,3 +140,22 @@ def test_what_is_not_the_number_of_a_class_is_refused(prompt):
     with pytest.raises(ValueError) as refused:
         Labels(12).encode(["3", prompt, "4"])
     assert f"prompt {prompt!r} is not a class; write its number, 0 to 11" in str(refused.value)
+
+
+def test_prompts_that_were_read_are_not_read_again():
+    labels = Labels(10)
+    told = Told(labels, ["7", "3"])
+    assert torch.equal(told.encode(["7", "3"])["labels_B"], torch.tensor([7, 3]))
+    assert told.nothing is labels.nothing and told.warnings(["7", "3"]) == []
+    told.check(["7", "3"])
+    with pytest.raises(AssertionError, match="other prompts"):
+        told.encode(["3", "7"])
+    with pytest.raises(ValueError, match="'ten' is not a class"):
+        Told(labels, ["ten"])
+
+
+def test_what_means_nothing_is_refused_without_reading_the_rest(captions):
+    captions.check(["", "any text " * 50])
+    Labels(10).check(["3", " 9 "])
+    with pytest.raises(ValueError, match="prompt '10' is not a class; write its number, 0 to 9"):
+        Labels(10).check(["3", "10"])

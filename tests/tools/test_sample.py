@@ -1,13 +1,20 @@
 """Prompts to a PNG, by the command that users type."""
 
+import doctest
+import json
+import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.ranks import train_on
+import tools.sample
+from tests.ranks import tool_on, train_on
+
+TOOL = "tools/sample.py"
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +93,199 @@ def test_an_unknown_run_folder_is_refused_by_name(tmp_path):
     assert done.stderr.startswith("sample: ")
     assert done.stderr.count("\n") == 1
     assert str(tmp_path / "none" / "config.yaml") in done.stderr
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def levels(folder):
+    """The pictures of a folder, [N, H, W], as numbers that can be subtracted."""
+    return np.stack([np.asarray(Image.open(path)).astype(int) for path in sorted(folder.glob("*.png"))])
+
+
+FILE = "".join(f"a handwritten {word}\n" for word in ("one", "two", "three", "four", "five"))
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """A run of enough steps that its experts tell tokens apart."""
+    folder = tmp_path_factory.mktemp("sample") / "learned"
+    train_on(1, "--config", "tests/configs/tiny.yaml", f"run.dir={folder}", "run.steps=40", "sample.steps=4")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(learned, tmp_path_factory):
+    """What one process makes of a file of prompts: its folder."""
+    folder = tmp_path_factory.mktemp("sample") / "alone"
+    path = folder.with_name("prompts.txt")
+    path.write_text(FILE.replace("two\n", "two\n\n"))
+    ((status, output, errors),) = tool_on(
+        1, TOOL, learned, "--prompts", path, "--repeat", 2, "--folder", folder, "--out", folder.with_suffix(".png"),
+        "--zoom", 1, "--columns", 5, "--batch", 3,
+    )  # fmt: skip
+    assert (status, output) == (0, f"{folder}\n{folder.with_suffix('.png')}\n"), errors
+    assert "1 of 6 lines are empty, and skipped" in errors
+    assert "pictures: 100%" in errors and "10/10" in errors and "steps:" in errors
+    return folder
+
+
+def test_a_folder_has_a_png_for_each_picture_and_says_what_it_is(alone):
+    lines = [json.loads(line) for line in (alone / "prompts.jsonl").read_text().splitlines()]
+    prompts = [prompt for prompt in FILE.splitlines() for _ in range(2)]
+    assert lines == [
+        {"index": i, "prompt": prompt, "seed": 0, "file": f"{i:05d}.png"} for i, prompt in enumerate(prompts)
+    ]
+    settings = json.loads((alone / "settings.json").read_text())
+    assert settings["step"] == 40 and settings["steps"] == 4 and settings["sampler"] == "heun"
+    assert (settings["height"], settings["width"]) == (8, 8)
+    drawn = levels(alone)
+    assert drawn.shape == (10, 8, 8) and len({picture.tobytes() for picture in drawn}) == 10
+    grid = cells(alone.with_suffix(".png"), rows=2, columns=5, zoom=1)
+    assert all((cell == picture).all() for cell, picture in zip(grid, drawn, strict=True))
+
+
+def test_four_processes_of_torchrun_draw_the_pictures_of_one(learned, alone, tmp_path):
+    folder = tmp_path / "four"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", TOOL, learned]
+    command += ["--tensor", 2, "--expert", 2, "--prompts", "-", "--repeat", 2, "--folder", folder]
+    done = subprocess.run([str(part) for part in command], input=FILE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{folder}\n"
+    assert files(folder).keys() == files(alone).keys()
+    assert (folder / "prompts.jsonl").read_bytes() == (alone / "prompts.jsonl").read_bytes()
+    assert np.abs(levels(folder) - levels(alone)).max() <= 1
+    assert done.stderr.count("pictures: 100%") == 1, "one process shows its progress"
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [(4, []), (2, ["--pipeline", 2, "--schedule", "zbv", "--batch", 4]), (2, ["--tensor", 2, "--sequence"])],
+    ids=["data4", "zbv", "sequence"],
+)
+def test_every_layout_fills_the_folder_and_draws_the_grid_of_one_process(world_size, layout, learned, alone, tmp_path):
+    argv = [learned, *FILE.splitlines(), "--repeat", 2, *layout]
+    folder, grid = tmp_path / "drawn", tmp_path / "grid.png"
+    for where, printed in ((["--folder", folder], folder), (["--out", grid, "--zoom", 1, "--columns", 5], grid)):
+        results = tool_on(world_size, TOOL, *argv, *where)
+        assert [status for status, *_ in results] == [0] * world_size, results[0][2]
+        assert [output for _, output, _ in results] == [f"{printed}\n"] + [""] * (world_size - 1)
+        assert [errors for *_, errors in results[1:]] == [""] * (world_size - 1)
+    assert np.abs(levels(folder) - levels(alone)).max() <= 1
+    found = np.stack(cells(grid, rows=2, columns=5, zoom=1)).astype(int)
+    assert np.abs(found - levels(alone)).max() <= 1
+
+
+def test_a_drawing_that_was_killed_goes_on(learned, tmp_path):
+    prompts, folder, whole = tmp_path / "prompts.txt", tmp_path / "killed", tmp_path / "whole"
+    prompts.write_text(FILE * 4)
+    argv = [learned, "--prompts", prompts, "--steps", 100, "--batch", 2]
+    command = [sys.executable, TOOL, *map(str, argv), "--folder", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while len(list(folder.glob("*.png"))) < 4:
+            assert process.poll() is None, process.communicate()[1].decode()
+            time.sleep(0.01)
+        process.kill()
+    there = {path: (path.read_bytes(), path.stat().st_ino) for path in folder.glob("*.png")}
+    assert 4 <= len(there) < 20
+    for where in (folder, whole):
+        ((status, _, errors),) = tool_on(1, TOOL, *argv, "--folder", where)
+        assert status == 0, errors
+    assert {path: (path.read_bytes(), path.stat().st_ino) for path in there} == there, "not written again"
+    left = {name: content for name, content in files(folder).items() if not name.endswith(".new")}
+    assert left == files(whole), "bit for bit as if nothing had happened"
+    # Other pictures do not mix with these, unless all are drawn again.
+    ((status, output, errors),) = tool_on(1, TOOL, *argv, "--folder", folder, "--seed", 3)
+    assert (status, output) == (2, "") and "line 1 has the seed 0, which is 3 now" in errors
+    ((status, _, errors),) = tool_on(1, TOOL, *argv, "--folder", folder, "--seed", 3, "--steps", 2, "--overwrite")
+    assert status == 0, errors
+    assert levels(folder).tobytes() != levels(whole).tobytes() and len(levels(folder)) == 20
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--tensor", 3], "--tensor 3 does not divide model.heads=4 and model.kv_heads=4"),
+        (["--expert", 8], "--expert 8 times --tensor 1 does not divide model.experts=4; use --expert 1, 2 or 4"),
+        (["--tensor", 4], "--tensor 4 x --pipeline 1 x --expert 1 = 4 does not divide the 2 processes"),
+        (["--pipeline", 8], "--pipeline 8 cannot be filled by model.layers=4; use at most 4"),
+        (["--pipeline", 2, "--schedule", "interleaved", "--stages-per-rank", 3],
+         "--pipeline 2 x 3 stages per rank cannot be filled by model.layers=4"),
+        (["--guidance", -1], "--guidance -1.0 must be 0 or more"),
+    ],
+)  # fmt: skip
+def test_a_layout_that_cannot_be_is_refused_before_a_checkpoint_is_read(argv, message, learned, tmp_path):
+    run = tmp_path / "run"  # has no checkpoint
+    run.mkdir()
+    (run / "config.yaml").write_bytes((learned / "config.yaml").read_bytes())
+    first, second = tool_on(2, TOOL, run, "a seven", "--out", tmp_path / "out.png", *argv)
+    assert (first[0], second[0]) == (2, 2)
+    assert first[1:] == ("", first[2]) and first[2].startswith(f"sample: {message}"), first[2]
+    assert first[2].count("\n") == 1 and second[1:] == ("", "")
+    assert list(tmp_path.iterdir()) == [run]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--prompts", "none.txt"], "prompts none.txt: No such file or directory"),
+        (["--prompts", "tests/configs"], "prompts tests/configs: Is a directory"),
+        (["a", "--folder", "{file}/drawn"], "{file}/drawn cannot be written: {file} is not a folder"),
+        (["a", "--out", "{file}/grid.png"], "{file}/grid.png cannot be written: {file} is not a folder"),
+        (["a", "--size", "9x8"], "--size 9x8 must be multiples of 2 pixels"),
+        (["a", " "], "prompt 1 is empty; say what to draw"),
+        (["a", "--tensor", 2, "--sequence", "--size", "6x6"],
+         "latent images of 6 x 6 have 9 tokens, which --tensor 2 does not divide; use no --sequence"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_on_all_ranks_before_drawing(argv, message, learned, tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(b"")
+    where = [] if {"--out", "--folder"} & set(argv) else ["--folder", tmp_path / "drawn"]
+    argv = [str(part).format(file=file) for part in argv]
+    first, second = tool_on(2, TOOL, learned, *argv, *where)
+    assert (first[0], second[0]) == (2, 2)
+    assert first[2].startswith(f"sample: {message.format(file=file)}") and first[2].count("\n") == 1, first[2]
+    assert first[1] == second[1] == second[2] == ""
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["a", "--prompts", "x.txt"], "prompts are given twice"),
+        (["a", "--overwrite"], "--overwrite is for --folder"),
+        (["a", "--sampler", "ddim"], "invalid choice: 'ddim'"),
+        (["a", "--batch", "0"], "0 is not more than 0"),
+    ],
+)
+def test_options_that_contradict_one_another_are_refused(argv, message, learned):
+    ((status, _, errors),) = tool_on(1, TOOL, learned, *argv)
+    assert status == 2 and message in errors
+
+
+def test_what_may_surprise_is_said(learned, tmp_path):
+    run = shutil.copytree(learned, tmp_path / "run")
+    (manifest,) = (run / "checkpoints").glob("*/manifest.json")
+    content = json.loads(manifest.read_text())
+    content["tensors"] = {name: entry for name, entry in content["tensors"].items() if not name.startswith("ema.")}
+    manifest.write_text(json.dumps(content))
+    argv = [run, "a seven", "--size", "8x12", "--steps", 1, "--out", tmp_path / "x.png"]
+    ((status, _, errors),) = tool_on(1, TOOL, *argv)
+    assert status == 0, errors
+    assert "holds no averages (ema.*): pictures are drawn with its weights" in errors
+    assert "the model was not trained on pictures of 8x12, but of 8x8; expect worse ones" in errors
+    ((status, _, errors),) = tool_on(1, TOOL, learned, "a seven", "--out", tmp_path / "x.png")
+    assert status == 0 and "averages" not in errors and "not trained" not in errors
+
+
+def test_help_teaches(learned):
+    ((status, output, _),) = tool_on(1, TOOL, "--help")
+    assert status == 0
+    for word in ("torchrun", "srun", "deepspeed", "--tensor", "--folder", "prompts.jsonl", "heun", "zbv", "--batch"):
+        assert word in output
+
+
+def test_messages_speak_of_options():
+    assert doctest.testmod(tools.sample).failed == 0

@@ -17,7 +17,7 @@ from megadit.training.config import check, images_per_group, load_config
 from megadit.training.evaluate import sample_pictures
 from megadit.training.loop import prepare_directory, save
 from megadit.training.progress import Progress
-from megadit.training.restore import as_drawn, open_sampler
+from megadit.training.restore import as_drawn, open_condition, open_sampler
 from megadit.training.state import logical_state
 from tests.ranks import run_ranks
 from tests.training.assembled import CONFIG, after, assembled, train_alone
@@ -282,3 +282,11 @@ def test_a_folder_that_lacks_something_is_refused_by_name(missing, message, trai
     with pytest.raises(ValueError, match=message) as refused:
         run_ranks(newest, 1, tmp_path)
     assert str(tmp_path / missing) in str(refused.value)
+
+
+@pytest.mark.parametrize("overrides", [["data.path=gone"], ["data.path=gone", "text.t5=also gone"]])
+def test_a_text_encoder_that_is_not_there_is_named_and_what_may_name_another(overrides, tmp_path):
+    config = load_config(CONFIG, ["data.kind=shards", "text.kind=t5", *overrides])
+    with pytest.raises(ValueError, match="gone.*; text.t5 in .*config.yaml may name what reads the prompts") as refused:
+        open_condition(config, tmp_path, torch.device("cpu"))
+    assert str(tmp_path / "config.yaml") in str(refused.value)

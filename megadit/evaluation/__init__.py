@@ -1,0 +1,1 @@
+"""How good a run is: benchmarks' folders of pictures, distances between sets of images, and the held-out loss."""

@@ -1,0 +1,54 @@
+"""What was measured and how: results as JSON, with the versions of everything that can change a number."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from megadit.runtime.disk import replace_file
+
+EXTRA = "pip install -e '.[evaluation]'"
+# Those that numbers go through; one that is not installed is left out.
+PACKAGES = ("megadit", "torch", "torchmetrics", "torch-fidelity", "transformers", "diffusers", "pillow", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """The installed version of each package that a result may depend on."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def check_judges() -> None:
+    """Raises ValueError where what judges pictures is not installed: before they are drawn, not after."""
+    try:
+        import torchmetrics  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"judging pictures needs more packages: {error}; install them with {EXTRA}") from error
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace a file, its folder made where there is none. Raises ValueError naming one that cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from error
+
+
+def read_text(path: Path) -> str:
+    """A file as UTF-8. Raises ValueError naming one that cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from error

@@ -1,0 +1,124 @@
+"""The held-out loss by time: every layout's is one process's, and it is what the network itself says."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from megadit.data.loader import open_dataset
+from megadit.diffusion.objective import ObjectiveConfig
+from megadit.diffusion.timesteps import logit_normal
+from megadit.evaluation.heldout import losses_by_bin, noised, summarise, table, times_below, to_dict
+from megadit.evaluation.heldout_split import open_share
+from megadit.parallel.grid import ParallelConfig
+from megadit.runtime.launch import Process
+from megadit.training.restore import open_sampler
+from tests.data.encoded_sets import write_set
+from tests.ranks import run_ranks, train_on
+from tests.training.test_encoded import SHARDS, SIZES
+
+BINS = 3
+LAYOUTS = {
+    "data2": (2, ParallelConfig()),
+    "pipeline2": (2, ParallelConfig(pipeline=2)),
+    "tensor2 x expert2": (4, ParallelConfig(tensor=2, expert=2)),
+}
+GROUPS = ["model.routing_group=batch", "data.micro_batch=4", "model.conditioning=class", "model.classes=10"]
+RUNS = {"digits": [], "groups of four, classes": GROUPS, "encoded": ["shards"]}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Runs after two large steps: before them the head is zero, and all networks predict alike."""
+    root = tmp_path_factory.mktemp("heldout")
+    write_set(root / "set", SIZES)
+    few = ["run.steps=2", "optim.lr=0.02", "optim.warmup=1"]
+    for name, overrides in RUNS.items():
+        if overrides == ["shards"]:
+            overrides = [*SHARDS, "text.kind=precomputed", f"data.path={root / 'set'}"]
+        statuses = train_on(1, "--config", "tests/configs/tiny.yaml", f"run.dir={root / name}", *few, *overrides)
+        assert statuses[0][0] == 0, statuses
+    return root
+
+
+def losses_of(rank, world_size, folder, parallel, batch=16, seed=0):
+    sampler = open_sampler(folder, Process(rank, world_size, rank, torch.device("cpu")), parallel)
+    return losses_by_bin(sampler, open_share(folder, sampler, batch), BINS, seed)
+
+
+@pytest.fixture(scope="module")
+def oracles(trained):
+    return {name: run_ranks(losses_of, 1, trained / name, None)[0] for name in RUNS}
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_has_the_losses_of_one_process(layout, name, trained, oracles):
+    world_size, parallel = LAYOUTS[layout]
+    for losses in run_ranks(losses_of, world_size, trained / name, parallel, 8):
+        np.testing.assert_allclose(losses, oracles[name], rtol=1e-9, atol=0)
+
+
+def test_every_image_is_in_every_bin(oracles):
+    assert oracles["digits"].shape == (BINS, 359)
+    # One in eight of each bucket of 40, 24 and 17, but one at least.
+    assert oracles["encoded"].shape == (BINS, 5 + 3 + 2)
+    for losses in oracles.values():
+        assert np.isfinite(losses).all() and len(np.unique(losses)) == losses.size
+
+
+def test_it_repeats_and_another_seed_is_other_noise(trained, oracles):
+    for seed in (0, 1):
+        (again,) = run_ranks(losses_of, 1, trained / "digits", None, 16, seed)
+        assert (again == oracles["digits"]).all() == (seed == 0)
+
+
+def by_hand(rank, world_size, folder, number):
+    """The losses of the first images in pass `number`, one by one, by the bare network."""
+    sampler = open_sampler(folder, Process(rank, world_size, rank, torch.device("cpu")))
+    dataset, (network,) = open_dataset(sampler.config.data, "heldout"), sampler.pipeline.stages
+    batch, _ = next(open_share(folder, sampler).batches())
+    assert torch.equal(batch.latents_BCHW, dataset.images(torch.arange(16)))
+    noisy, target, times = noised(batch, 0, number, BINS)
+    told = {key: value[:, :] for key, value in batch.condition.items()}
+    found = []
+    with torch.no_grad():
+        for i in range(16):
+            one = {key: value[i : i + 1] for key, value in told.items()}
+            predicted = network(noisy[i : i + 1], timesteps_B=times[i : i + 1], size=(8, 8), **one)
+            found.append(float((predicted - target[i]).square().mean()))
+    clean = noisy - times.view(-1, 1, 1, 1) * target  # back along the line, at velocity noise - image
+    assert torch.allclose(clean, batch.latents_BCHW.double(), atol=1e-12)
+    return found, times.numpy()
+
+
+def test_a_loss_is_the_networks_own_at_a_time_within_its_bin(trained, oracles):
+    for number in range(BINS):
+        ((found, times),) = run_ranks(by_hand, 1, trained / "digits", number)
+        rows = [(i + number) % BINS for i in range(16)]
+        assert [int(t * BINS) for t in times] == rows
+        np.testing.assert_allclose(oracles["digits"][rows, range(16)], found, rtol=1e-9)
+
+
+def test_means_and_errors_are_numpys():
+    losses = np.random.default_rng(0).random((4, 50))
+    bins = summarise(losses, ObjectiveConfig())
+    for b, one in enumerate(bins):
+        assert (one.begin, one.end, one.count) == (b / 4, (b + 1) / 4, 50)
+        assert one.loss == pytest.approx(losses[b].mean(), rel=1e-12)
+        assert one.error == pytest.approx(losses[b].std(ddof=1) / 50**0.5, rel=1e-12)
+    found = to_dict(bins)
+    assert found["loss_uniform"] == pytest.approx(losses.mean(), rel=1e-12)
+    assert sum(one.trained for one in bins) == pytest.approx(1)
+    assert json.loads(json.dumps(found)) == found
+    assert len(table(bins)) == 6 and "0.25 - 0.50" in table(bins)[2]
+
+
+@pytest.mark.parametrize("objective", [ObjectiveConfig(), ObjectiveConfig(logit_mean=0.5, logit_std=0.7, shift=3.0)])
+def test_times_as_trained_are_those_that_a_training_draws(objective):
+    normal = torch.randn(200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drawn = logit_normal(normal, objective.logit_mean, objective.logit_std, objective.shift)
+    for t in (0.1, 0.5, 0.9):
+        assert times_below(t, objective) == pytest.approx(float((drawn < t).double().mean()), abs=4e-3)
+    assert (times_below(0.0, objective), times_below(1.0, objective)) == (0.0, 1.0)

@@ -1,0 +1,394 @@
+"""How good a run is: benchmarks' folders of pictures, distances between sets of images, and the held-out loss.
+
+    python tools/evaluate.py heldout runs/digits
+    python tools/evaluate.py geneval runs/large --prompts evaluation_metadata.jsonl --out drawn/geneval
+    python tools/evaluate.py check-geneval drawn/geneval --prompts evaluation_metadata.jsonl
+    python tools/evaluate.py summary results.jsonl
+    python tools/evaluate.py fid photographs drawn --features models/dinov2-base
+
+What draws or computes runs on every process that is started, in any layout; the numbers are those of one process:
+
+    torchrun --standalone --nproc-per-node 4 tools/evaluate.py heldout runs/digits --tensor 2 --expert 2
+    srun --ntasks 16 --gpus-per-task 1 python tools/evaluate.py fid runs/large --features models/dinov2-base
+
+Weights of what judges (CLIP, DINOv2, Inception) come from this machine; nothing is downloaded. Each command says more
+with --help. exit statuses: 0 done; 1 check-geneval found faults; 2 the input was refused
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import torch
+from tqdm import tqdm
+
+from megadit.evaluation import captioned, drawing, geneval, heldout
+from megadit.evaluation.clip_score import ClipScore, mean_score
+from megadit.evaluation.distances import SUBSET_SIZE, SUBSETS, frechet, kernel, too_few
+from megadit.evaluation.features import Extractor, open_extractor
+from megadit.evaluation.geneval_check import check_folder
+from megadit.evaluation.heldout_split import BATCH, heldout_prompts, open_share
+from megadit.evaluation.images import images_in
+from megadit.evaluation.painter import Painter, open_decoder
+from megadit.evaluation.results import check_judges, versions, write_json
+from megadit.evaluation.sets import add_all, drawn_features, file_features, heldout_features, of_drawn, of_files
+from megadit.parallel.grid import ParallelConfig
+from megadit.runtime.agreement import gathered, of_main, together
+from megadit.runtime.launch import LaunchError, Process, process_group
+from megadit.runtime.log import setup_logging
+from megadit.sampling.generate import SampleConfig
+from megadit.sampling.prompts import read_prompts
+from megadit.training.config import CONFIG_FILE, check
+from megadit.training.encoded import Named, autoencoder_of
+from megadit.training.restore import Sampler, open_sampler
+
+Answer = tuple[dict[str, Any], list[str], Path]  # the result, what to print of it, and the JSON to write
+
+HELP = {
+    "geneval": """Draw GenEval's folder (arXiv 2310.11513) from its prompt file: 00000/metadata.jsonl is the file's
+first line, 00000/samples/0000.png and so on are its pictures, grid.png shows them together. The same command goes on
+after a kill, and refuses a folder of other settings. Send the folder to GenEval's evaluate_images.py; `summary` reads
+what that wrote.""",
+    "dpg": """Draw DPG-Bench's folder (arXiv 2403.05135): of each file name.txt in the folder of prompts, name.png with
+four pictures, 2 x 2, without a gap. Its scorer is told the side of one picture (--resolution). The same command goes on
+after a kill, and refuses a folder of other settings.""",
+    "check-geneval": """Is a folder what GenEval's scorer expects? The scorer passes over what it does not recognise:
+run this before sending a folder anywhere. Prints a line for each fault; status 1 if there is one.""",
+    "summary": """Scores of the results.jsonl that GenEval's evaluate_images.py wrote: of each task the fraction of
+correct pictures, and overall the unweighted mean of the six tasks.""",
+    "fid": """Frechet distance between two sets of images (arXiv 1706.08500), in the features of a network on this
+machine. Of two folders of images, the real ones first; or of a run: its data set's held-out images against pictures of
+the held-out captions. Only numbers with the same features and the same count of images can be compared: the distance is
+biased upwards by few images. Published FIDs are of Inception-v3's features and mostly of 50,000 or 30,000 images.""",
+    "kid": """Kernel distance between two sets of images (arXiv 1801.01401): unbiased, so also for few images. Sets and
+features as of fid.""",
+    "clip-score": """100 times the mean cosine between pictures and their captions, in a CLIP on this machine
+(arXiv 2104.08718). Of a folder: name.png with its caption in name.txt, or GenEval's folder; or of a run: pictures of
+the held-out captions, or of --prompts.""",
+    "heldout": """Mean loss of the held-out images by time: in which part of the way from noise to image the network is
+good. Noise and times are the same at every call, for every run and every layout, so numbers of two runs on one data set
+can be compared.""",
+}
+SAMPLERS = get_args(get_type_hints(SampleConfig)["sampler"])
+PLACE = "a folder of images, or a run's folder"
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    number = int(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not more than 0")
+    return number
+
+
+def height_width(text: str) -> tuple[int, int]:
+    """Two sides as 256x320, for argparse."""
+    height, cross, width = text.partition("x")
+    if not (cross and height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text} is not of the form HEIGHTxWIDTH, such as 256x320")
+    return positive(height), positive(width)
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def open_run(args: argparse.Namespace, process: Process) -> Sampler:
+    """The run that is judged. Raises ValueError as `open_sampler`."""
+    return open_sampler(args.run, process, ParallelConfig(args.tensor, args.pipeline, args.expert))
+
+
+def open_painter(args: argparse.Namespace, process: Process) -> Painter:
+    """The run that draws. Collective. Raises ValueError for a run, an autoencoder or a size that will not do."""
+    sampler = open_run(args, process)
+    given = {key: getattr(args, key) for key in ("sampler", "steps", "guidance") if getattr(args, key) is not None}
+    with together():
+        named = Named(args.autoencoder, "") if args.autoencoder else autoencoder_of(sampler.config)
+        decoder = open_decoder(named, process.device)
+        settings = replace(sampler.config.sample, **given)
+        check(replace(sampler.config, sample=settings), process.world_size)
+        painter = Painter(args.run, sampler, decoder, settings, args.seed, args.size, args.batch)
+        painter.check_shows()
+    return painter
+
+
+def run_geneval(args: argparse.Namespace, process: Process) -> Answer:
+    painter = open_painter(args, process)
+    result = drawing.draw_geneval(painter, args.prompts, args.out, args.samples)
+    return result, [result["line"]], args.json or drawing.settings_path(args.out)
+
+
+def run_dpg(args: argparse.Namespace, process: Process) -> Answer:
+    result = drawing.draw_dpg(open_painter(args, process), args.prompts, args.out)
+    return result, [result["line"]], args.json or drawing.settings_path(args.out)
+
+
+def run_heldout(args: argparse.Namespace, process: Process) -> Answer:
+    sampler = open_run(args, process)
+    with together():
+        share = open_share(args.run, sampler, args.batch or BATCH)
+    bar = partial(tqdm, desc="passes over the held-out images", dynamic_ncols=True, disable=not process.is_main)
+    bins = heldout.summarise(heldout.losses_by_bin(sampler, share, args.bins, args.seed, bar), sampler.config.objective)
+    settings = {"run": str(args.run), "step": sampler.step, "seed": args.seed, "dtype": sampler.config.run.dtype}
+    result = {"settings": settings, **heldout.to_dict(bins), "images": share.total, "versions": versions()}
+    lines = heldout.table(bins)
+    if args.plot:
+        title = f"{args.run.name}, step {sampler.step}"
+        of_main(lambda: heldout.save_plot(bins, args.plot, title))
+        lines.insert(-1, str(args.plot))
+    return {**result, "line": lines[-1]}, lines, args.json or args.run / "heldout.json"
+
+
+def prompts_of(args: argparse.Namespace, painter: Painter, count: int) -> list[str]:
+    """What a run draws: the lines of --prompts in turn, else the held-out captions. The same on every rank."""
+    if args.prompts:
+        lines = read_prompts(str(args.prompts))
+        return [lines[i % len(lines)] for i in range(args.samples or len(lines))]
+    return heldout_prompts(painter.sampler.config, painter.sampler.condition, count)
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / CONFIG_FILE).is_file()
+
+
+def two_sets(
+    args: argparse.Namespace, process: Process
+) -> tuple[dict[str, Any], Extractor, torch.Tensor, torch.Tensor]:
+    """(what was compared, in what features, those of the real images, of the drawn ones), the last two on rank 0."""
+    if len(args.sets) > 2:
+        raise ValueError(f"{len(args.sets)} folders; give the real images and the drawn ones, or one run")
+    if len(args.sets) == 1 and not is_run(args.sets[0]):
+        raise ValueError(f"{args.sets[0]} is no run ({CONFIG_FILE} is not there); of images, give two folders")
+    with together():
+        check_judges()
+        extractor = open_extractor(args.features, process.device)
+    if len(args.sets) == 2:
+        real, drawn = (of_main(partial(images_in, folder)) for folder in args.sets)
+        found = [file_features(paths, extractor, process) for paths in (real, drawn)]
+        return {"real": str(args.sets[0]), "drawn": str(args.sets[1])}, extractor, found[0], found[1]
+    args.run = args.sets[0]
+    painter = open_painter(args, process)
+    with together():
+        share = open_share(args.run, painter.sampler)
+        prompts = prompts_of(args, painter, args.samples or share.total)
+    decoded = f", decoded by {painter.decoder.name}" if painter.decoder.name else ""
+    settings = {"real": f"held-out images of {args.run}{decoded}", "drawn": painter.identity()}
+    real_features = heldout_features(share, painter, extractor)
+    return settings, extractor, real_features, drawn_features(painter, prompts, extractor)
+
+
+def compared(
+    args: argparse.Namespace, process: Process, name: str, measure: Callable[..., tuple[dict[str, Any], str]]
+) -> Answer:
+    """A distance between two sets; measure(real, drawn) on rank 0 gives (the numbers, how to say them)."""
+    settings, extractor, real, drawn = two_sets(args, process)
+    counts = f"{len(real)} real and {len(drawn)} drawn images, {extractor.identity['class']}"
+
+    def result() -> tuple[dict[str, Any], list[str]]:
+        numbers, told = measure(real, drawn)
+        warnings = too_few(len(real), len(drawn), extractor.width) if name == "fid" else []
+        line = f"{told} ({counts}, {extractor.width} features)"
+        found = {
+            **numbers,
+            "real_images": len(real),
+            "drawn_images": len(drawn),
+            "features": {**extractor.identity, "width": extractor.width},
+            "settings": settings,
+            "warnings": warnings,
+            "versions": versions(),
+            "line": line,
+        }
+        return found, [*(f"warning: {warning}" for warning in warnings), line]
+
+    found, lines = of_main(result)
+    last = args.sets[-1]
+    beside = last / f"{name}.json" if is_run(last) else last.with_name(f"{last.name}.{name}.json")
+    return found, lines, args.json or beside
+
+
+def run_fid(args: argparse.Namespace, process: Process) -> Answer:
+    def measure(real: torch.Tensor, drawn: torch.Tensor) -> tuple[dict[str, Any], str]:
+        distance = frechet(real, drawn)
+        return {"fid": distance}, f"FID {distance:.4f}"
+
+    return compared(args, process, "fid", measure)
+
+
+def run_kid(args: argparse.Namespace, process: Process) -> Answer:
+    def measure(real: torch.Tensor, drawn: torch.Tensor) -> tuple[dict[str, Any], str]:
+        found = kernel(real, drawn, args.seed, args.subsets, args.subset_size)
+        told = f"KID {found.mean:.6f} +- {found.std:.6f} over {found.subsets} subsets of {found.subset_size}"
+        numbers = {"kid": found.mean, "kid_std": found.std, "subsets": found.subsets, "subset_size": found.subset_size}
+        return numbers, told
+
+    return compared(args, process, "kid", measure)
+
+
+def run_clip_score(args: argparse.Namespace, process: Process) -> Answer:
+    with together():
+        check_judges()
+        score = ClipScore(args.clip, process.device)
+    if is_run(args.place):
+        args.run = args.place
+        painter = open_painter(args, process)
+        with together():
+            painter.check_reads_text("a CLIP score")
+            count = args.samples or open_share(args.run, painter.sampler).total
+            captions = prompts_of(args, painter, count)
+        add_all(of_drawn(painter, captions), captions, score)
+        settings: dict[str, Any] = {"drawn": painter.identity()}
+        path = args.place / "clip_score.json"
+    else:
+        pairs = of_main(lambda: captioned.pairs_in(args.place))
+        captions = [pair.caption for pair in pairs]
+        with together():
+            add_all(of_files([pair.picture for pair in pairs], process), captions, score)
+        settings, path = {"drawn": str(args.place)}, args.place.with_name(f"{args.place.name}.clip_score.json")
+    mean, cut = mean_score(gathered(score.sums())), score.too_long(captions)
+    line = f"CLIP score {mean:.4f} ({len(captions)} pictures, {score.identity['name']}; {cut} captions cut)"
+    numbers = {"clip_score": mean, "images": len(captions), "captions_cut": cut, "clip": score.identity}
+    return {**numbers, "settings": settings, "versions": versions(), "line": line}, [line], args.json or path
+
+
+def run_check(args: argparse.Namespace) -> int:
+    prompts = geneval.read_prompts(args.prompts) if args.prompts else None
+    faults = check_folder(args.folder, prompts, args.samples)
+    for fault in faults:
+        print(fault)
+    if not faults:
+        found = prompts or [geneval.read_metadata(path) for path in sorted(args.folder.iterdir()) if path.is_dir()]
+        print(f"{args.folder}: as GenEval's scorer expects it: {geneval.tally(found)}, {args.samples} pictures each")
+    return 1 if faults else 0
+
+
+def run_summary(args: argparse.Namespace) -> int:
+    scores = geneval.read_scores(args.results)
+    print("\n".join(scores.lines()))
+    if args.json:
+        write_json(args.json, {"results": str(args.results), **scores.to_dict(), "line": scores.lines()[-1]})
+    return 0
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def add_layout(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("layout: any, whatever the training had; data-parallel replicas are what is left")
+    for name in ("tensor", "pipeline", "expert"):
+        group.add_argument(f"--{name}", type=positive, default=1, help=f"degree of {name} parallelism (default: 1)")
+    group.add_argument("--batch", type=positive, help="images of a call on one rank, in whole routing groups")
+
+
+def add_drawing(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("drawing; by default as the run's section sample says")
+    group.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    group.add_argument("--steps", type=positive, help="sampling steps")
+    group.add_argument("--guidance", type=float, help="guidance scale, 1 is none")
+    group.add_argument("--sampler", choices=SAMPLERS, help="solver")
+    group.add_argument("--size", type=height_width, metavar="HxW", help="in pixels; default: the model's square")
+    group.add_argument("--autoencoder", help="folder of what decodes latents; default: that of the run's data")
+    add_layout(parser)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python tools/evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, do: Callable[..., Any], alone: bool = False) -> argparse.ArgumentParser:
+        first, _, _ = HELP[name].replace("\n", " ").partition(". ")
+        one = commands.add_parser(name, help=first.partition(":")[0], description=HELP[name])
+        one.set_defaults(do=do, alone=alone)
+        one.add_argument("--json", type=Path, help="where the result goes; default: beside what was judged")
+        return one
+
+    one = command("geneval", run_geneval)
+    one.add_argument("run", type=Path, help="a run's folder; it must read text")
+    one.add_argument("--prompts", type=Path, required=True, help="GenEval's evaluation_metadata.jsonl")
+    one.add_argument("--out", type=Path, required=True, help="the folder to draw into")
+    one.add_argument("--samples", type=positive, default=geneval.SAMPLES, help="of each prompt (default: %(default)s)")
+    add_drawing(one)
+
+    one = command("dpg", run_dpg)
+    one.add_argument("run", type=Path, help="a run's folder; it must read text")
+    one.add_argument("--prompts", type=Path, required=True, help="DPG-Bench's folder of files name.txt")
+    one.add_argument("--out", type=Path, required=True, help="the folder to draw into")
+    add_drawing(one)
+
+    one = command("check-geneval", run_check, alone=True)
+    one.add_argument("folder", type=Path, help="the folder to check")
+    one.add_argument("--prompts", type=Path, help="the file that it was drawn from: its lines are compared")
+    one.add_argument("--samples", type=positive, default=geneval.SAMPLES, help="of each prompt (default: %(default)s)")
+
+    one = command("summary", run_summary, alone=True)
+    one.add_argument("results", type=Path, help="the scorer's results.jsonl")
+
+    for name, do in (("fid", run_fid), ("kid", run_kid)):
+        one = command(name, do)
+        one.add_argument("sets", type=Path, nargs="+", metavar="FOLDER", help="real images and drawn ones; or a run")
+        one.add_argument(
+            "--features",
+            type=Path,
+            required=True,
+            help="folder of a CLIP or DINOv2 model; or the file of torch-fidelity's Inception-v3",
+        )
+        one.add_argument("--samples", type=positive, help="of a run: pictures to draw; default: as many as held out")
+        one.add_argument("--prompts", type=Path, help="of a run: captions, one a line; default: the held-out ones")
+        add_drawing(one)
+    one.add_argument("--subsets", type=positive, default=SUBSETS, help="of kid (default: %(default)s)")
+    one.add_argument(
+        "--subset-size", type=positive, default=SUBSET_SIZE, help="images (default: %(default)s, if there)"
+    )
+
+    one = command("clip-score", run_clip_score)
+    one.add_argument("place", type=Path, metavar="FOLDER", help=PLACE)
+    one.add_argument("--clip", type=Path, required=True, help="folder of a CLIPModel with its tokenizer")
+    one.add_argument("--samples", type=positive, help="of a run: pictures to draw; default: as many as held out")
+    one.add_argument("--prompts", type=Path, help="of a run: captions, one a line; default: the held-out ones")
+    add_drawing(one)
+
+    one = command("heldout", run_heldout)
+    one.add_argument("run", type=Path, help="a run's folder")
+    one.add_argument("--bins", type=positive, default=heldout.BINS, help="of times (default: %(default)s)")
+    one.add_argument("--seed", type=int, default=0, help="of noise and times (default: %(default)s)")
+    one.add_argument("--plot", type=Path, help="a PNG of the losses by time")
+    add_layout(one)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    try:
+        if args.alone:
+            return int(args.do(args))
+        with process_group() as process:
+            setup_logging(process.rank)
+            return judge(args, process)
+    except (LaunchError, ValueError) as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 2
+
+
+def judge(args: argparse.Namespace, process: Process) -> int:
+    """Do what is asked on this rank; rank 0 writes and prints. Returns the exit status."""
+    try:
+        result, lines, path = args.do(args, process)
+        of_main(lambda: write_json(path, result))
+    except ValueError as error:
+        if process.is_main:
+            print(f"evaluate: {error}", file=sys.stderr)
+        return 2
+    if process.is_main:
+        print("\n".join([*lines[:-1], str(path), lines[-1]]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
