@@ -17,7 +17,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from megadit.data.shapes.scene import TASKS
@@ -29,7 +28,7 @@ from megadit.study.record import SCORE_FILE
 from megadit.study.scoring import asks, score
 from megadit.training.restore import Sampler, open_sampler
 
-CHUNK = 64  # pictures drawn at once, about
+PICTURES_PER_CALL = 60
 SHEET = 60  # pictures on the sheet, at most
 
 
@@ -91,13 +90,15 @@ def main() -> int:
             sampler.config.sample,
             **{key: value for key in ("steps", "guidance") if (value := getattr(args, key)) is not None},
         )
-        chunk = -(-CHUNK // sampler.group) * sampler.group
-        pictures = []
-        for begin in tqdm(range(0, len(asked), chunk), desc="pictures", unit="chunk", dynamic_ncols=True):
-            prompts = [ask.prompt for ask in asked[begin : begin + chunk]]
-            pictures.append(sampler.draw(prompts, settings, args.seed, first_index=begin))
+        with tqdm(total=len(asked), desc="pictures", dynamic_ncols=True, disable=not process.is_main) as bar:
+            drawn = sampler.draw_all(
+                [ask.prompt for ask in asked],
+                settings,
+                args.seed,
+                batch=PICTURES_PER_CALL,
+                drawn=lambda pictures: bar.update(len(pictures)),
+            )
     if process.is_main:
-        drawn = torch.cat(pictures)
         result = score(drawn, asked) | {"step": sampler.step, "seed": args.seed, "sample": asdict(settings)}
         replace_file(out, (json.dumps(result, indent=2) + "\n").encode())
         if args.sheet:

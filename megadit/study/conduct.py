@@ -59,7 +59,7 @@ class Conductor:
     """Runs trials into a folder."""
 
     def __init__(
-        self, study: Study, out: Path, places: Sequence[Place], judge: Path, made: Callable[[int], None]
+        self, study: Study, out: Path, places: Sequence[Place], judge: Path, made: Callable[[int], object]
     ) -> None:
         """judge: the program that scores a run. made: hears of how many steps more are done, from several threads."""
         self.study, self.out, self.judge, self.made = study, out, judge, made

@@ -50,13 +50,13 @@ def setup(variants: Sequence[Variant]) -> str:
     first, seeds = records[0], [record["seed"] for record in variants[0].records]
     machine = first["machine"]
     where = ", ".join(machine["gpus"]) or f"{machine['cores']} CPU cores ({machine['cpu']})"
-    hours = sum(record["training_seconds"] for record in records) / machine["trials_side_by_side"] / 60
+    minutes = sum(record["training_seconds"] for record in records) / machine["trials_side_by_side"] / 60
     skipped = sum(record["skipped"] for record in records)
     return (
         f"{len(records)} trials: {len(variants)} variants with seeds {', '.join(map(str, seeds))}; {first['steps']:,} "
         f"steps on {first['images']:,} images each; {where}, {machine['trials_side_by_side']} trials side by side, "
-        f"torch {machine['torch']}; {hours:.0f} minutes of training in all; steps left out for numbers that were not finite: "
-        f"{skipped}.\n"
+        f"torch {machine['torch']}; {minutes:.0f} minutes of training in all; steps left out for numbers "
+        f"that were not finite: {skipped}.\n"
     )
 
 

@@ -191,14 +191,14 @@ class Dice:
     """Random choices from one stream."""
 
     def __init__(self, generator: torch.Generator) -> None:
-        self._generator, self._left = generator, iter(())  # type: ignore[var-annotated]
+        self._generator = generator
+        self._left: list[float] = []
 
     def uniform(self) -> float:
         """At least 0, less than 1."""
-        for value in self._left:
-            return value
-        self._left = iter(torch.rand(64, generator=self._generator, dtype=torch.float64).tolist())
-        return next(self._left)
+        if not self._left:
+            self._left = torch.rand(64, generator=self._generator, dtype=torch.float64).tolist()
+        return self._left.pop()
 
     def between(self, least: float, most: float) -> float:
         return least + (most - least) * self.uniform()
