@@ -17,7 +17,8 @@ SCRIPTS = sorted(
     for path in Path(folder).rglob("*")
     if path.suffix in (".sh", ".sbatch") or path == Path(".ci/run")
 )
-CONFIGS = sorted(Path("examples").rglob("*.yaml"))
+# Studies, which compare several, are tested with megadit/study.
+CONFIGS = sorted(path for path in Path("examples").rglob("*.yaml") if "\nvariants:" not in path.read_text())
 STARTS = r"(?:-m megadit\.train --config|bash examples/launch/\w+\.sh)"
 PAGES = [Path("README.md"), *SCRIPTS]
 # Processes besides the fewest that the degrees need.

@@ -23,7 +23,7 @@ variants:
 @pytest.fixture
 def study(tmp_path):
     """A function that writes a study, with some of its text replaced, and returns its path."""
-    (tmp_path / "base.yaml").write_text(Path("examples/reproduce/base.yaml").read_text())
+    (tmp_path / "base.yaml").write_text(Path("examples/shapes/train_32.yaml").read_text())
 
     def write(old="", new=""):
         path = tmp_path / "study.yaml"

@@ -25,7 +25,7 @@ judge: {trained: 2, heldout: 1, seed: 1}
 
 @pytest.fixture
 def study(tmp_path):
-    shutil.copy("examples/reproduce/base.yaml", tmp_path)
+    shutil.copy("examples/shapes/train_32.yaml", tmp_path / "base.yaml")
     path = tmp_path / "study.yaml"
     path.write_text(STUDY)
     return path
