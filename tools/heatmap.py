@@ -12,7 +12,9 @@ layers spread their experts, the most uneven first (.csv, and with the map of ev
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megadit.runtime.agreement import of_main
 from megadit.runtime.launch import Process, process_group
 from megadit.runtime.log import setup_logging
 from megadit.sampling.evenness import Row, printed, table, write_csv, write_json
@@ -79,10 +82,10 @@ def open_decoder(named: Named | None, device: torch.device, online: bool) -> Dec
     """That of an autoencoder; without one, latents are pixels. Raises ValueError if it is not there."""
     if named is None:
         return Decoder(lambda images_BCHW: images_BCHW, 1)
-    from megadit.encoders.autoencoder import Autoencoder
+    from megadit.encoders.autoencoder import Autoencoder  # seconds
 
     autoencoder = Autoencoder.load(named.name, device, torch.float32, named.revision, online)
-    return Decoder(autoencoder.decode, autoencoder.downscale)
+    return Decoder(lambda latents_BCHW: autoencoder.decode(latents_BCHW.to(device)), autoencoder.downscale)
 
 
 class Files(NamedTuple):
@@ -97,8 +100,18 @@ class Files(NamedTuple):
     def of(cls, out: Path, kind: str) -> Files:
         """Beside a named PNG under its stem, or in a folder."""
         stem = out.with_suffix("") if out.suffix == ".png" else out / "heatmap"
-        animation = None if kind == "none" else stem.with_name(f"{stem.name}.{kind}")
-        return cls(*(stem.with_name(f"{stem.name}.png"), animation), *(stem.with_name(f"{stem.name}.{s}") for s in ("csv", "json")))
+        png, csv, json = (stem.with_name(f"{stem.name}.{ending}") for ending in ("png", "csv", "json"))
+        return cls(png, None if kind == "none" else stem.with_name(f"{stem.name}.{kind}"), csv, json)
+
+    def prepare(self) -> None:
+        """Make their folder. Raises ValueError where that, or writing into it, is not possible."""
+        folder = self.sheet.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ValueError(f"--out: {folder}: {error.strerror}") from error
 
 
 class Drawing(NamedTuple):
@@ -132,8 +145,7 @@ def rows_of(trace: Trace, places: list[int], branch: Branch) -> list[Row]:
     """The table of some layers; a difference has none of its own, so that of the conditional branch."""
     layers = [trace.layers[i] for i in places]
     maps_SLT = trace.maps("unconditional" if branch == "unconditional" else "conditional")[:, places]
-    is_guided = not (trace.unconditional_NLBT != trace.unconditional_NLBT).all()  # else all NaN
-    return table(maps_SLT, layers, trace.maps("difference")[:, places] if is_guided else None)
+    return table(maps_SLT, layers, trace.maps("difference")[:, places] if trace.is_guided else None)
 
 
 def write(drawing: Drawing, decoder: Decoder, args: argparse.Namespace, settings: SampleConfig, files: Files) -> None:
@@ -142,8 +154,6 @@ def write(drawing: Drawing, decoder: Decoder, args: argparse.Namespace, settings
     places = chosen_layers(trace, args.layers)
     maps_SLT, rows = trace.maps(branch)[:, places], rows_of(trace, places, branch)
     bar = partial(tqdm, dynamic_ncols=True, total=len(drawing.frames_SCHW))
-    device = torch.device("cpu")
-    frames_SCHW = drawing.frames_SCHW.to(device)
     how = f"{settings.sampler}, {settings.steps} steps, guidance {settings.guidance:g}, seed {args.seed}"
     scene = Scene(
         maps_SLT=maps_SLT,
@@ -152,13 +162,12 @@ def write(drawing: Drawing, decoder: Decoder, args: argparse.Namespace, settings
         grid=trace.grid,
         experts=trace.experts,
         branch=branch,
-        frames=decoded(frames_SCHW, decoder.decode, partial(bar, desc="decoding", unit="picture")),
+        frames=decoded(drawing.frames_SCHW, decoder.decode, partial(bar, desc="decoding", unit="picture")),
         title=f"“{args.prompt}”",
         about=f"{args.run.name}: {how}; {branch} branch",
         alpha=1.0 if args.plain else ALPHA,
     )
     notes = {row.layer: f"up to {row.evenness.most:.0f} of {trace.experts}\ncv {row.evenness.cv:.2f}" for row in rows}
-    files.sheet.parent.mkdir(parents=True, exist_ok=True)
     shown = spread_steps(len(scene.times), args.steps_shown)
     sheet(scene, shown, [notes[layer] for layer in scene.layers])[0].save(files.sheet)
     if files.animation is not None:
@@ -177,7 +186,9 @@ def write(drawing: Drawing, decoder: Decoder, args: argparse.Namespace, settings
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run's folder")
-    parser.add_argument("prompt", help="what to draw: a caption, or a class's number if the run is conditioned on classes")
+    parser.add_argument(
+        "prompt", help="what to draw: a caption, or a class's number if the run is conditioned on classes"
+    )
     parser.add_argument(
         "--out", type=Path, help="a PNG, beside which the rest is written, or a folder; default: the run's folder"
     )
@@ -204,6 +215,9 @@ has more with it than without (default: %(default)s)"""
 
 def drawn_and_written(args: argparse.Namespace, process: Process) -> None:
     """Everything. Collective over the world; rank 0 writes. Raises ValueError for what the user can change."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("the figures need matplotlib: pip install -e '.[plots]'")
+    files = Files.of(args.out or args.run, args.animation)
     sampler = open_sampler(args.run, process, online=args.online)
     config = sampler.config
     check_experts(config.model)
@@ -211,11 +225,12 @@ def drawn_and_written(args: argparse.Namespace, process: Process) -> None:
     decoder = open_decoder(autoencoder, process.device, args.online)
     given = {key: getattr(args, key) for key in ("sampler", "steps", "guidance")}
     settings = replace(config.sample, **{key: value for key, value in given.items() if value is not None})
+    of_main(files.prepare)
     drawing = draw(sampler, args.prompt, settings, args.seed, decoder.latent_size(args.size, config.model.patch))
     chosen_layers(drawing.trace, args.layers)  # a fault that all ranks see
     drawing.trace.maps(args.branch)
     if process.is_main:
-        write(drawing, decoder, args, settings, Files.of(args.out or args.run, args.animation))
+        write(drawing, decoder, args, settings, files)
 
 
 def main() -> int:

@@ -16,8 +16,8 @@ import numpy as np
 class Evenness:
     """How evenly experts pick patches; 0 and 1 are the ends of what is possible unless said otherwise.
 
-    mean, most: experts of a patch, 0 to the number of experts. cv: coefficient of variation over patches, their standard
-    deviation over their mean, from 0. gini: 0 where all patches have as many, near 1 where one has all. unpicked:
+    mean, most: experts of a patch, 0 to the number of experts. cv: coefficient of variation over patches, standard
+    deviation over mean, from 0. gini: 0 where all patches have as many, near 1 where one has all. unpicked:
     fraction of patches that no expert picked. entropy: of the picks' distribution over patches, over the logarithm of
     their number; 1 where all have as many.
     """
@@ -89,7 +89,7 @@ def printed(rows: Sequence[Row]) -> str:
     for row in rows:
         one, differs = row.evenness, "-" if row.differs is None else f"{row.differs:.3f}"
         lines.append(
-            f"{row.layer:5d} {one.mean:6.2f} {one.most:5.0f} {one.cv:6.3f} {one.gini:6.3f} {one.unpicked:8.1%} "
+            f"{row.layer:5d} {one.mean:6.2f} {one.most:5.0f} {one.cv:6.3f} {one.gini:6.3f} {one.unpicked:9.1%} "
             f"{one.entropy:8.3f} {differs:>8}"
         )
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Pictures of a routing: how many experts pick each patch, as colours over the picture that was drawn.
 
-As in EC-DiT (arXiv 2410.02098), whose figure shows experts spend themselves where a picture has detail. The colours grow in
-lightness too, so that they are told apart without seeing hue, and in print.
+As in EC-DiT (arXiv 2410.02098), whose heat maps show which parts of a picture get more computation. The colours of
+counts differ in lightness too, so that they are told apart without seeing hue, and in print.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def coloured(values: np.ndarray, low: float, high: float, colours: str = "viridi
 
     part = np.clip((values - low) / max(high - low, 1e-9), 0, 1)
     rgb = (matplotlib.colormaps[colours](np.nan_to_num(part))[..., :3] * 255).round().astype(np.uint8)
-    return np.where(np.isnan(values)[..., None], np.uint8(MISSING), rgb)
+    return np.where(np.isnan(values)[..., None], np.array(MISSING, np.uint8), rgb)
 
 
 def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -77,8 +77,12 @@ def overlay(
     map_ = resized(Image.fromarray(coloured(takers.reshape(grid), low, experts, colours)), (width, height))
     if picture is None:
         return map_
-    grey = resized(picture.convert("L"), (width, height)).convert("RGB")
-    return Image.blend(grey, map_, alpha)
+    return Image.blend(softened(resized(picture.convert("L"), (width, height))).convert("RGB"), map_, alpha)
+
+
+def softened(grey: Image.Image) -> Image.Image:
+    """Half of the contrast: a picture under colours is there to be recognised, and should not change what they say."""
+    return grey.point([64 + value // 2 for value in range(256)])
 
 
 def enlarged(size: tuple[int, int], least: int = 256) -> tuple[int, int]:
@@ -95,7 +99,7 @@ def enlarged(size: tuple[int, int], least: int = 256) -> tuple[int, int]:
 class Scene:
     """What the figures show. Of S steps and L layers.
 
-    maps_SLT: experts of each patch, or differences. frames: what each step began from, then the finished picture: S + 1.
+    maps_SLT: experts of each patch, or differences. frames: S + 1, what each step began from and the finished picture.
     title, about: what was drawn, and how. alpha: of the colours over the picture; 1 is the colours alone.
     """
 
@@ -126,13 +130,11 @@ class Scene:
         told = "" if self.branch == "conditional" else " (drawn without the prompt)"
         return f"experts that pick a patch, of {self.experts}{told}"
 
-    def cell(self, values_T: np.ndarray, size: tuple[int, int], picture: Image.Image | None = None) -> Image.Image:
-        """One map, over the finished picture or another one."""
-        low, high = self.scale
-        return overlay(
-            *(picture or self.frames[-1], values_T, self.grid, high),
-            **{"low": low, "colours": COLOURS[self.branch], "alpha": self.alpha, "size": size},  # type: ignore[arg-type]
-        )
+    def cell(self, values_T: np.ndarray, size: tuple[int, int]) -> Image.Image:
+        """One map, over the finished picture."""
+        (low, high), colours, alpha = self.scale, COLOURS[self.branch], self.alpha
+        picture = self.frames[-1] if alpha < 1 else None
+        return overlay(picture, values_T, self.grid, high, low=low, colours=colours, alpha=alpha, size=size)
 
 
 def mean_over_steps(maps_SLT: np.ndarray) -> np.ndarray:
@@ -158,11 +160,11 @@ class Plan:
     rows: int
     columns: int
     picture: tuple[int, int]
-    head: int = 74  # title and columns' names
-    names: int = 96  # rows' names
+    names: int  # width of the rows' names
+    head: int = 74  # height of title and columns' names
     gap: int = 8
     margin: int = 24
-    under: int = 14  # between rows, for names above cells
+    under: int = 16  # between rows, for names above cells
 
     @property
     def left(self) -> int:
@@ -228,7 +230,7 @@ class Canvas:
 
     def text(self, left: float, top: float, words: str, **style: Any) -> Any:
         """Words at a place; by default they hang from it."""
-        style = {"fontsize": 9, "va": "top", **style}
+        style = {"fontsize": 9, "va": "top", "parse_math": False, **style}  # a prompt's dollars are no formula
         return self.figure.text(left / self.plan.width, 1 - top / self.plan.height, words, **style)
 
     def drawn(self) -> Image.Image:
@@ -237,37 +239,43 @@ class Canvas:
 
 
 def _colour_bar(canvas: Canvas, scene: Scene) -> None:
-    """Below the picture, with numbers."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
+    """Below the picture, with numbers. Its colours are mixed with grey as those of the maps are on average."""
     from matplotlib.ticker import MaxNLocator
 
-    plan = canvas.plan
-    axes = canvas.axes((plan.margin, plan.top + plan.picture[1] + 30, plan.picture[0], 12))
-    colours = ScalarMappable(Normalize(*scene.scale), COLOURS[scene.branch])
-    # The colours of the maps are mixed with the picture's grey: so are, with its middle, those of the bar.
-    bar = canvas.figure.colorbar(colours, cax=axes, orientation="horizontal", ticks=MaxNLocator(6, integer=True))
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=9, length=3)
-    bar.set_label(scene.label, fontsize=9)
+    plan, (low, high) = canvas.plan, scene.scale
+    width, height = plan.picture[0], 12
+    ramp = coloured(np.linspace(low, high, width)[None].repeat(height, axis=0), low, high, COLOURS[scene.branch])
+    axes = canvas.axes((plan.margin, plan.top + plan.picture[1] + 30, width, height))
+    mixed = Image.blend(Image.new("RGB", (width, height), (127, 127, 127)), Image.fromarray(ramp), scene.alpha)
+    axes.imshow(np.asarray(mixed), interpolation="none", aspect="auto", extent=(low, high, 0, 1))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.tick_params(labelsize=9, length=3)
+    axes.set_yticks([])
+    axes.set_frame_on(False)
+    axes.set_xlabel(scene.label, fontsize=9)
 
 
-def _frame_work(scene: Scene, cell: tuple[int, int], rows: int, columns: int) -> tuple[Canvas, Any, Any]:
-    """A canvas with title, picture and colour bar: (canvas, the picture, the line above it)."""
-    side = scene.frames[-1].size
-    longest = max(280 / max(side), 1 / max(side))
-    picture_size = round(side[0] * longest), round(side[1] * longest)
-    if longest >= 1:
-        picture_size = side[0] * int(longest), side[1] * int(longest)
-    canvas = Canvas(Plan(cell, rows, columns, picture_size))
-    plan = canvas.plan
-    room = max(20, (plan.width - 2 * plan.margin) // 9)
-    canvas.text(plan.margin, plan.margin - 8, textwrap.shorten(scene.title, room, placeholder=" …"), fontsize=13)
-    canvas.text(plan.margin, plan.margin + 16, scene.about, color=SECOND)
-    picture = canvas.image(resized(scene.frames[-1], picture_size), (plan.margin, plan.top, *picture_size))
+def _picture_size(picture: Image.Image, longer: int = 280) -> tuple[int, int]:
+    """(width, height) in which it is shown: its pixels a whole number of times, or fewer of them."""
+    times = longer / max(picture.size)
+    times = math.floor(times) if times >= 1 else times
+    return round(picture.width * times), round(picture.height * times)
+
+
+def _frame_work(scene: Scene, plan: Plan) -> tuple[Canvas, Any, Any]:
+    """A canvas with title, picture and colour bar: (canvas, the picture, the words above it)."""
+    canvas, room = Canvas(plan), plan.width - 2 * plan.margin
+    canvas.text(plan.margin, plan.margin - 8, _short(scene.title, room // 10), fontsize=13)
+    canvas.text(plan.margin, plan.margin + 16, _short(scene.about, room // 7), color=SECOND)
+    box = (plan.margin, plan.top, *plan.picture)
+    picture = canvas.image(resized(scene.frames[-1], plan.picture), box)
     above = canvas.text(plan.margin, plan.top - 6, "the finished picture", va="bottom")
     _colour_bar(canvas, scene)
     return canvas, picture, above
+
+
+def _short(words: str, letters: int) -> str:
+    return textwrap.shorten(words, letters, placeholder=" …") if len(words) > letters else words
 
 
 def sheet(scene: Scene, steps: Sequence[int], notes: Sequence[str]) -> tuple[Image.Image, Plan]:
@@ -275,9 +283,9 @@ def sheet(scene: Scene, steps: Sequence[int], notes: Sequence[str]) -> tuple[Ima
 
     notes: what is said below the name of each layer.
     """
-    cell = cell_size(scene.grid)
-    canvas, _, _ = _frame_work(scene, cell, len(scene.layers), len(steps) + 1)
-    plan, mean_LT = canvas.plan, mean_over_steps(scene.maps_SLT)
+    cell, mean_LT = cell_size(scene.grid), mean_over_steps(scene.maps_SLT)
+    plan = Plan(cell, len(scene.layers), len(steps) + 1, _picture_size(scene.frames[-1]), names=96)
+    canvas, _, _ = _frame_work(scene, plan)
     titles = [f"step {step + 1}\nt = {scene.times[step]:.2f}" for step in steps]
     for column, title in enumerate([*titles, f"mean of all\n{len(scene.times)} steps"]):
         left, top, width, _ = plan.box(0, column)
@@ -296,14 +304,15 @@ def animation(scene: Scene) -> Iterator[Image.Image]:
     count = len(scene.layers)
     columns = min(count, max(2, math.ceil(math.sqrt(2 * count))))
     rows = -(-count // columns)
-    cell = cell_size(scene.grid)
-    canvas, picture, above = _frame_work(scene, cell, rows, columns)
-    plan, size = canvas.plan, (picture.get_array().shape[1], picture.get_array().shape[0])
+    size = _picture_size(scene.frames[-1])
+    cell = cell_size(scene.grid, max(120, size[1] // rows - Plan.under))  # as high as the picture, if they are few
+    plan = Plan(cell, rows, columns, size, names=32)
+    canvas, picture, above = _frame_work(scene, plan)
     shown = []
     for place, layer in enumerate(scene.layers):
         left, top, width, height = plan.box(*divmod(place, columns))
         shown.append(canvas.image(Image.new("RGB", cell), (left, top, width, height)))
-        canvas.text(left + width / 2, top - 1, f"layer {layer}", ha="center", va="bottom", fontsize=8)
+        canvas.text(left + width / 2, top - 2, f"layer {layer}", ha="center", va="bottom", fontsize=8)
     steps = len(scene.times)
     maps = [*scene.maps_SLT, mean_over_steps(scene.maps_SLT)]
     names = [f"step {i + 1} of {steps}, t = {time:.2f}" for i, time in enumerate(scene.times)]
@@ -316,16 +325,16 @@ def animation(scene: Scene) -> Iterator[Image.Image]:
 
 
 def save_animation(scene: Scene, path: Path, progress: Bar = iter, seconds: float = 8.0) -> None:
-    """Write a GIF, WebP or APNG, as the name's ending says, that plays again and again; the last frame stays longest."""
+    """Write a GIF, WebP or APNG, as the name's ending says, that plays again and again; its last frame stays longest.
+
+    seconds: of the steps together, about.
+    """
     frames = list(progress(animation(scene)))
     each = int(min(600, max(60, 1000 * seconds / len(frames))))
-    kinds: dict[str, dict[str, Any]] = {".webp": {"lossless": True}, ".gif": {"optimize": False}, ".apng": {"format": "PNG"}}
-    frames[0].save(
-        *(path,),
-        **{"save_all": True, "append_images": frames[1:], "loop": 0},
-        duration=[*[each] * (len(frames) - 1), 2000],
-        **kinds[path.suffix],
-    )
+    durations = [*[each] * (len(frames) - 1), 2000]  # milliseconds
+    kinds: dict[str, dict[str, Any]] = {".webp": {"lossless": True}, ".apng": {"format": "PNG"}}
+    special = kinds.get(path.suffix, {})
+    frames[0].save(path, save_all=True, append_images=frames[1:], loop=0, duration=durations, **special)
 
 
 def decoded(frames_SCHW: Tensor, decode: Callable[[Tensor], Tensor], progress: Bar = iter) -> list[Image.Image]:

@@ -64,6 +64,11 @@ class Trace:
         """The call that each step begins with, at the step's own time; Heun's second one looks ahead."""
         return [i for i, step in enumerate(self.steps) if i == 0 or step != self.steps[i - 1]]
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether any call had unconditional images."""
+        return not np.isnan(self.unconditional_NLBT).all()
+
     def maps(self, branch: Branch = "conditional", image: int = 0) -> np.ndarray:
         """Experts that took each patch of an image in each step's first call, [S, L, T]; NaN where there was none.
 
@@ -71,7 +76,7 @@ class Trace:
         """
         conditional_SLT = self.conditional_NLBT[self.firsts, :, image]
         unconditional_SLT = self.unconditional_NLBT[self.firsts, :, image]
-        if branch != "conditional" and np.isnan(unconditional_SLT).all():
+        if branch != "conditional" and not self.is_guided:
             raise ValueError(
                 f"there is no {branch} branch: nothing was drawn without the prompt; set a guidance other than 1"
             )
@@ -156,12 +161,17 @@ def _config_of(pipeline: Pipeline) -> ECDiTConfig:
 
 def check_experts(config: ECDiTConfig) -> None:
     """Raises ValueError, naming the key, for a model in which no layer has experts."""
-    if not config.has_experts:
-        why = "model.routing=dense" if config.experts and config.routing == "dense" else f"model.experts={config.experts}"
-        raise ValueError(
-            f"no layer of this model has experts ({why}, {config.layers} layers), so nothing is routed; "
-            "take a run with model.experts of at least 1"
-        )
+    if config.has_experts:
+        return
+    why = f"model.experts={config.experts}"
+    if config.experts and config.routing == "dense":
+        why = "model.routing=dense"
+    elif config.experts:
+        why = f"model.moe_every={config.moe_every} and model.dense_first={config.dense_first} of {config.layers} layers"
+    raise ValueError(
+        f"no layer of this model has experts ({why}), so nothing is routed; "
+        "take a run with model.experts of at least 1, in at least one layer"
+    )
 
 
 @contextmanager
