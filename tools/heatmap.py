@@ -1,12 +1,14 @@
 """Which patches the experts pick: heat maps over a picture, layer by layer and step by step.
 
-python tools/heatmap.py runs/digits "a handwritten seven" --out seven.png
-python tools/heatmap.py runs/digits "a handwritten seven" --branch difference --out difference/
-python tools/heatmap.py runs/photographs "a tabby cat" --layers 15,27 --steps-shown 8 --size 512x512
+    python tools/heatmap.py runs/digits "a handwritten seven" --out seven.png
+    python tools/heatmap.py runs/digits "a handwritten seven" --branch difference --out difference/
+    python tools/heatmap.py runs/photographs "a tabby cat" --layers 15,27 --steps-shown 8 --size 512x512
+    torchrun --standalone --nproc-per-node 4 tools/heatmap.py runs/large "a tabby cat" --pipeline 2 --expert 2
 
-Draws one picture as tools/sample.py does, and writes beside one another: a sheet (.png: a row for each layer with
-experts, a column for some steps and for the mean over all), an animation over the steps (.gif), and how evenly the
-layers spread their experts, the most uneven first (.csv, and with the map of every step .json), which is also printed.
+Draws one picture as tools/sample.py does, the same on any number of processes, and writes beside one another: a sheet
+(.png: a row for each layer with experts, a column for some steps and for the mean over all), an animation over the
+steps (.gif), and how evenly the layers spread their experts, the most uneven first (.csv, and with the map of every
+step .json), which is also printed.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megadit.parallel.grid import ParallelConfig
 from megadit.runtime.agreement import of_main
 from megadit.runtime.launch import Process, process_group
 from megadit.runtime.log import setup_logging
@@ -121,13 +124,14 @@ class Drawing(NamedTuple):
     frames_SCHW: Tensor
 
 
-def draw(sampler: Sampler, prompt: str, settings: SampleConfig, seed: int, size: tuple[int, int] | None) -> Drawing:
+def draw(
+    sampler: Sampler, prompt: str, settings: SampleConfig, seed: int, size: tuple[int, int] | None, quiet: bool
+) -> Drawing:
     """Draw one picture and record it. Collective over the model's ranks."""
-    group = sampler.group
     with recorded(sampler.pipeline) as recording:
-        bar = partial(tqdm, desc="drawing", unit="step", dynamic_ncols=True)
+        bar = partial(tqdm, desc="drawing", unit="step", dynamic_ncols=True, disable=quiet)
         image_CHW = sampler.draw([prompt], settings, seed, progress=recording.steps(bar), size=size)[0]
-    trace = recording.trace(images=group)
+    trace = recording.trace(images=sampler.group)
     began_SCHW = trace.x_NBCHW[trace.firsts, 0]
     return Drawing(trace, torch.cat([began_SCHW, image_CHW[None].to(began_SCHW.device, began_SCHW.dtype)]))
 
@@ -206,6 +210,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--size", type=height_width, metavar="HxW", help="in pixels; default: the model's square")
     parser.add_argument("--autoencoder", help="that decodes, by name or folder; default: that of the run's data")
     parser.add_argument("--online", action="store_true", help="download encoders that are not on this machine")
+    for name, what in (("tensor", "heads"), ("pipeline", "layers"), ("expert", "experts")):
+        told = f"ranks that the {what} are cut over (default: %(default)s)"
+        parser.add_argument(f"--{name}", type=positive, default=1, help=told)
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     return parser.parse_args()
 
 
@@ -218,7 +226,8 @@ def drawn_and_written(args: argparse.Namespace, process: Process) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("the figures need matplotlib: pip install -e '.[plots]'")
     files = Files.of(args.out or args.run, args.animation)
-    sampler = open_sampler(args.run, process, online=args.online)
+    parallel = ParallelConfig(tensor=args.tensor, pipeline=args.pipeline, expert=args.expert)
+    sampler = open_sampler(args.run, process, parallel, args.online)
     config = sampler.config
     check_experts(config.model)
     autoencoder = Named(args.autoencoder, "") if args.autoencoder else autoencoder_of(config)
@@ -226,7 +235,8 @@ def drawn_and_written(args: argparse.Namespace, process: Process) -> None:
     given = {key: getattr(args, key) for key in ("sampler", "steps", "guidance")}
     settings = replace(config.sample, **{key: value for key, value in given.items() if value is not None})
     of_main(files.prepare)
-    drawing = draw(sampler, args.prompt, settings, args.seed, decoder.latent_size(args.size, config.model.patch))
+    size = decoder.latent_size(args.size, config.model.patch)
+    drawing = draw(sampler, args.prompt, settings, args.seed, size, quiet=not process.is_main)
     chosen_layers(drawing.trace, args.layers)  # a fault that all ranks see
     drawing.trace.maps(args.branch)
     if process.is_main:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import torch
@@ -19,12 +19,29 @@ from megadit.diffusion.sampler import Progress
 from megadit.model.config import ECDiTConfig
 from megadit.model.ecdit import ECDiT
 from megadit.model.moe import MoE
-from megadit.parallel.pipeline.schedule import Pipeline
+from megadit.parallel.grid import Group
+from megadit.parallel.pipeline.schedule import Listener
 from megadit.runtime.agreement import gathered
 
 # With the prompt, without it, and by how many experts more a patch is picked with it.
 Branch = Literal["conditional", "unconditional", "difference"]
 BRANCHES: tuple[Branch, ...] = get_args(Branch)
+
+
+class Recordable(Protocol):
+    """What draws and can be recorded, such as a `Pipeline` (megadit.parallel.pipeline.schedule).
+
+    stages: this process's. group: the ranks that hold the others. listeners: who is told of each call.
+    """
+
+    @property
+    def stages(self) -> Sequence[nn.Module]: ...
+
+    @property
+    def group(self) -> Group: ...
+
+    @property
+    def listeners(self) -> list[Listener]: ...
 
 
 class Call(NamedTuple):
@@ -90,7 +107,7 @@ class Trace:
 class Recording:
     """What `recorded` collects: a `Call` for each evaluation of the network."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
+    def __init__(self, pipeline: Recordable) -> None:
         self.pipeline = pipeline
         self.calls: list[Call] = []
         self.size = (0, 0)  # of the images
@@ -153,7 +170,7 @@ def _second_half(takers_LBT: np.ndarray, images: int) -> np.ndarray:
     return takers_LBT[:, images:] if takers_LBT.shape[1] > images else np.full_like(takers_LBT, np.nan)
 
 
-def _config_of(pipeline: Pipeline) -> ECDiTConfig:
+def _config_of(pipeline: Recordable) -> ECDiTConfig:
     first = pipeline.stages[0]
     assert isinstance(first, ECDiT)
     return first.config
@@ -175,7 +192,7 @@ def check_experts(config: ECDiTConfig) -> None:
 
 
 @contextmanager
-def recorded(pipeline: Pipeline) -> Iterator[Recording]:
+def recorded(pipeline: Recordable) -> Iterator[Recording]:
     """Records the routing of what `pipeline` draws inside the block; see `Recording`.
 
     Give `Recording.steps` to the sampler as its progress. Of the pipeline, not of its stages, for it alone knows which

@@ -17,7 +17,8 @@ from tests.ranks import train_on
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("heatmap") / "run"
-    train_on(1, "--config", "tests/configs/tiny.yaml", f"run.dir={folder}", "run.steps=60", "optim.lr=0.01")
+    overrides = ["run.steps=60", "optim.lr=0.01", "ema.decay=0.9"]
+    train_on(1, "--config", "tests/configs/tiny.yaml", f"run.dir={folder}", *overrides)
     return folder
 
 
@@ -86,14 +87,14 @@ def test_branches_layers_and_kinds_are_chosen(trained, tmp_path):
     seen = {}
     for branch in ("conditional", "unconditional", "difference"):
         out = tmp_path / branch
-        options = ["--sampler", "euler", "--steps", 2, "--layers", 3, "--animation", "webp", "--branch", branch]
+        options = ["--sampler", "euler", "--steps", 4, "--layers", 1, "--animation", "webp", "--branch", branch]
         done = heatmap(trained, "the digit 2", *options, "--plain", "--steps-shown", 1, "--out", out)
         assert done.returncode == 0, done.stderr
         assert sorted(path.suffix for path in out.iterdir()) == [".csv", ".json", ".png", ".webp"]
         content = json.loads((out / "heatmap.json").read_text())
-        assert list(content["steps"]) == ["3"] and content["layers"][0]["differs"] > 0
-        assert frames_of(out / "heatmap.webp") == 3
-        seen[branch] = [step["takers"] for step in content["steps"]["3"]], (out / "heatmap.png").read_bytes()
+        assert list(content["steps"]) == ["1"] and content["layers"][0]["differs"] > 0
+        assert frames_of(out / "heatmap.webp") == 5
+        seen[branch] = [step["takers"] for step in content["steps"]["1"]], (out / "heatmap.png").read_bytes()
     assert seen["difference"][0] == seen["conditional"][0] != seen["unconditional"][0]
     assert len({sheet for _, sheet in seen.values()}) == 3
 
@@ -108,6 +109,17 @@ def test_another_seed_has_other_maps_and_without_an_out_they_lie_in_the_run(trai
         written.append(content["steps"])
         assert not (trained / "heatmap.gif").exists()
     assert written[0] != written[1]
+
+
+def test_two_processes_write_the_same_numbers(trained, drawn, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "tools/heatmap.py", trained, "a handwritten seven", "--steps", 3, "--pipeline", 2]
+    argv = map(str, [*command, "--animation", "none", "--out", tmp_path / "seven.png"])
+    done = subprocess.run(list(argv), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    written, wanted = (json.loads((folder / "seven.json").read_text()) for folder in (tmp_path, drawn[1]))
+    assert written == wanted
+    assert done.stderr.count("drawing:   0%") == 1, "one rank speaks"
 
 
 @pytest.mark.parametrize(
