@@ -41,10 +41,14 @@ from megadit.parallel.tensor.mappings import Region
 
 
 class Routing(NamedTuple):
-    """What a layer's router did. balance: load-balancing loss, summed over the microbatch's images, or None."""
+    """What a layer's router did. balance: load-balancing loss, summed over the microbatch's images, or None.
+
+    takers_GS: how many experts took each token, int64, without a gradient; a routing group's images lie in a row.
+    """
 
     stats: RouterStats
     balance: Tensor | None
+    takers_GS: Tensor
 
 
 class MoE(nn.Module):
@@ -84,7 +88,7 @@ class MoE(nn.Module):
         out_BTD = out_ND.view_as(x_BTD)
         if self.shared is not None:
             out_BTD = out_BTD + self.shared.share(x_BTD)
-        return self.region.leave(out_BTD), Routing(router_stats(logits_BTE, takers_GS, load_E), balance)
+        return self.region.leave(out_BTD), Routing(router_stats(logits_BTE, takers_GS, load_E), balance, takers_GS)
 
     def _capacity(self, affinity_GSE: Tensor) -> int:
         return self.config.slots(self.capacity_factor, affinity_GSE.shape[1])

@@ -114,8 +114,8 @@ def test_layers_1_3_5_have_experts(build):
 @pytest.mark.parametrize("routing", ["expert_choice", "token_choice"])
 def test_what_the_router_did_comes_with_the_tokens(build, inputs, routing):
     assert build(0, routing=routing, balance_loss=0.1)(*inputs)[1] is None
-    stats, balance = build(1, routing=routing, balance_loss=0.1)(*inputs)[1]
-    assert stats.load_E.shape == (4,)
+    stats, balance, takers_GS = build(1, routing=routing, balance_loss=0.1)(*inputs)[1]
+    assert stats.load_E.shape == (4,) and takers_GS.shape == inputs[0].shape[:2]
     assert (balance is None) == (routing == "expert_choice")
 
 

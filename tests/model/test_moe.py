@@ -79,6 +79,8 @@ def assert_equals_naive(moe, inputs, randn):
     for gradient, want in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(gradient, want, rtol=1e-11, atol=1e-11)
     assert_statistics(routing.stats, taken, moe.config.experts)
+    assert routing.takers_GS.dtype == torch.int64 and not routing.takers_GS.requires_grad
+    assert routing.takers_GS.tolist() == [[len(of_token) for of_token in group] for group in taken]
     return dict(zip(["x", "plain", "cond", *(name for name, _ in moe.named_parameters())], wanted, strict=True))
 
 

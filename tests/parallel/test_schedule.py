@@ -93,6 +93,37 @@ def test_every_rank_gets_the_outputs_of_a_batch_that_does_not_fill_the_stages(sc
     run_ranks(forward_several_shapes, world_size, schedule)
 
 
+def forward_heard(rank, world_size, schedule):
+    """What a listener is told of three batches, and how often each stage ran since the one before."""
+    pipeline, told, runs = pipeline_of(rank, world_size, schedule), [], []
+    for stage in pipeline.stages:
+        stage.register_forward_hook(lambda *_: runs.append(1))
+
+    def listener(batch, keywords, microbatches):
+        told.append((batch.tolist(), keywords["scale"].tolist(), microbatches, len(runs) / len(pipeline.stages)))
+        runs.clear()
+
+    pipeline.listeners.append(listener)
+    for samples in (3, 3, 5):
+        pipeline.forward(numbers(4, samples, 5), keywords_of(samples))
+    pipeline.listeners.remove(listener)
+    pipeline.forward(numbers(4, 3, 5), keywords_of(3))
+    return told
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_listener_is_told_of_each_call_and_how_many_runs_of_a_stage_are_its_own(schedule, world_size):
+    for told in run_ranks(forward_heard, world_size, schedule):
+        assert [len(batch) for batch, *_ in told] == [3, 3, 5]
+        for batch, scale, microbatches, _ in told:
+            assert batch == numbers(4, len(batch), 5).tolist()
+            assert scale == keywords_of(len(batch))["scale"].tolist()
+            assert microbatches == world_size
+        # Of a new shape there is one run more, before, which is nobody's.
+        assert [runs for *_, runs in told] == [world_size + 1, world_size, world_size + 1]
+
+
 def forward_strided(rank, world_size, schedule):
     pipeline, keywords = pipeline_of(rank, world_size, schedule), keywords_of(4)
     strided = numbers(4, 5, 4).T

@@ -24,6 +24,8 @@ from megadit.parallel.pipeline.partition import stage_indices
 SCHEDULES = {"1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B, "zbv": ScheduleZBVZeroBubble}
 
 LossFunction = Callable[[Any, Tensor], Tensor]
+# (the batch, its keyword arguments, in how many microbatches each stage saw it), without what fills them.
+Listener = Callable[[Tensor, dict[str, Any], int], None]
 
 
 class Stage(PipelineStage):
@@ -109,6 +111,9 @@ class Pipeline:
         # one that ran last holds memory: with many shapes their buffers would outgrow the model.
         self._schedules: dict[Any, tuple[Any, list[Stage]]] = {}
         self._holding: list[Stage] = []
+        # Told of each `forward` when it is done. A stage's own hooks cannot tell: a schedule runs it once more to learn
+        # shapes, fills its microbatches up, and cuts one batch into several.
+        self.listeners: list[Listener] = []
 
     @property
     def is_first(self) -> bool:
@@ -196,10 +201,12 @@ class Pipeline:
                 return value
             return torch.cat([value, value[-1:].expand(padded - size, *value.shape[1:])])
 
-        batch, keywords = pad(batch), {key: pad(value) for key, value in keywords.items()}
-        output = self._schedule(False, count, batch, keywords).eval(*([batch] if self.is_first else []), **keywords)
+        whole, told = pad(batch), {key: pad(value) for key, value in keywords.items()}
+        output = self._schedule(False, count, whole, told).eval(*([whole] if self.is_first else []), **told)
         output = output[0] if isinstance(output, tuple) else output
+        for listener in self.listeners:
+            listener(batch, keywords, count)
         if self.group.size > 1:
-            output = output.contiguous() if self.is_last else batch.new_empty(batch.shape)
+            output = output.contiguous() if self.is_last else whole.new_empty(whole.shape)
             dist.broadcast(output, group=self.group.handle, group_src=self.last_rank)
         return output[:size]
