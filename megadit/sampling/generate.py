@@ -82,12 +82,14 @@ def generate(
     that are not finite.
     """
     check_prompts(prompts, first_index, group)
+    if negative is not None and len(negative) != len(prompts):
+        raise ValueError(f"{len(negative)} negative prompts for {len(prompts)} images; give one for each")
     for warning in condition.warnings([*prompts, *(negative or [])]):
         logger.warning("%s", warning)
     device, count, filling = pipeline.device, len(prompts), -len(prompts) % group
     exact = torch.promote_types(dtype, torch.float32)  # bf16 would lose the small steps
     told = condition.encode(filled(prompts, filling))
-    untold = steered_from(condition, told, filled(negative, filling) if negative is not None else None)
+    untold = steered_from(condition, told, filled(negative, filling) if negative else None)
     size = tuple(image_shape[1:])
 
     def network_told(keywords: dict[str, Tensor]) -> Network:
@@ -131,16 +133,10 @@ def filled(prompts: Sequence[str], filling: int) -> list[str]:
 
 
 def steered_from(condition: Condition, told: dict[str, Tensor], negative: Sequence[str] | None) -> dict[str, Tensor]:
-    """What the other branch of guidance is told: nothing, or what is said for each image.
-
-    Raises ValueError for another number of them than of images.
-    """
+    """What the other branch of guidance is told: nothing, or what is said for each image."""
     nothing = {key: condition.nothing[key].expand_as(value) for key, value in told.items()}
     if negative is None:
         return nothing
-    count = len(next(iter(told.values())))
-    if len(negative) != count:
-        raise ValueError(f"{len(negative)} negative prompts for {count} images; give one for each")
     said = [i for i, prompt in enumerate(negative) if prompt.strip()]
     if said:
         for key, value in condition.encode([negative[i] for i in said]).items():
@@ -182,7 +178,7 @@ class Watch:
         return x_BCHW
 
     def check(self, prompts: Sequence[str], first_index: int) -> None:
-        """Raises NotFinite naming the images at fault and the step that broke them."""
+        """Raises NotFinite naming the images at fault and the first step that broke one of them."""
         finite_SB = torch.stack(self.finite).cpu()  # host sync
         if finite_SB[-1].all():
             return

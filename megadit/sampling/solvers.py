@@ -37,19 +37,27 @@ def solved(
     Raises ValueError if diffusers is not installed.
     """
     scheduler = on_times(make(), times)
-    # diffusers rounds the images to float32 within a step of DPM-Solver++.
-    rounds = type(scheduler).__name__.startswith("DPMSolver") and x_BCHW.dtype == torch.float64
     for i in progress(range(len(times) - 1)):
         velocity_BCHW = network(x_BCHW, times[i].expand(len(x_BCHW)))
-        next_BCHW = scheduler.step(velocity_BCHW, scheduler.timesteps[i], x_BCHW, return_dict=False)[0]
-        if rounds:  # a step is linear in the images, so what was rounded away can be put back
-            next_BCHW = next_BCHW + (x_BCHW - x_BCHW.float()) * (scheduler.sigmas[i + 1] / scheduler.sigmas[i])
+        next_BCHW = advanced(scheduler, i, x_BCHW, velocity_BCHW)
         if i == 0 and scheduler.sigmas[0] == 1:
             # Their polynomials are in log(signal / noise), and pure noise is infinitely far away: a limit in which the
             # next step is a first one, and that they would divide by.
             scheduler.lower_order_nums = 0
         x_BCHW = after(on_step, i, times[i + 1], next_BCHW)
     return x_BCHW
+
+
+def advanced(scheduler: Any, i: int, x_BCHW: Tensor, velocity_BCHW: Tensor) -> Tensor:
+    """The images after step i."""
+    if scheduler.config.prediction_type == "flow_prediction":
+        return scheduler.step(velocity_BCHW, scheduler.timesteps[i], x_BCHW, return_dict=False)[0]
+    # DPM-Solver++ of diffusers rounds the images that a step starts from to float32, and the step is linear in them:
+    # it takes the step from zero, and their part is added here in their own precision.
+    now, then = scheduler.sigmas[i], scheduler.sigmas[i + 1]
+    image_BCHW = x_BCHW - now * velocity_BCHW
+    from_zero = scheduler.step(image_BCHW, scheduler.timesteps[i], torch.zeros_like(x_BCHW), return_dict=False)[0]
+    return then / now * x_BCHW + from_zero
 
 
 def on_times(scheduler: Any, times: Tensor) -> Any:
@@ -62,7 +70,7 @@ def on_times(scheduler: Any, times: Tensor) -> Any:
 
 
 def make_scheduler(name: str, **settings: Any) -> Any:
-    """A scheduler of diffusers that predicts a rectified flow's image. Raises ValueError if it is not installed."""
+    """A scheduler of diffusers for rectified flow. Raises ValueError if it is not installed."""
     try:
         import diffusers
     except ImportError as error:
@@ -70,14 +78,28 @@ def make_scheduler(name: str, **settings: Any) -> Any:
             f"this sampler is diffusers' {name}: {error}; install it with pip install -e '.[encoders]', or use "
             f"sampler={' or '.join(OURS)}"
         ) from error
-    return getattr(diffusers, name)(use_flow_sigmas=True, prediction_type="flow_prediction", **settings)
+    return getattr(diffusers, name)(use_flow_sigmas=True, **settings)
 
 
-# Both of order 2, which bears guidance better than 3: their own recommendation. UniPC's corrector adds one.
-SOLVERS = {
-    "dpm++": partial(make_scheduler, "DPMSolverMultistepScheduler", algorithm_type="dpmsolver++", solver_order=2),
-    "unipc": partial(make_scheduler, "UniPCMultistepScheduler", solver_type="bh2", solver_order=2),
-}
+def make_dpm(order: int = 2) -> Any:
+    """DPM-Solver++, multistep, by default 2M (Lu et al., arXiv 2211.01095)."""
+    return make_scheduler(
+        "DPMSolverMultistepScheduler",
+        algorithm_type="dpmsolver++",
+        prediction_type="sample",
+        solver_order=order,
+    )
+
+
+def make_unipc(order: int = 2) -> Any:
+    """UniPC-B2(h) (Zhao et al., arXiv 2302.04867); its corrector adds one to the order."""
+    return make_scheduler(
+        "UniPCMultistepScheduler", solver_type="bh2", prediction_type="flow_prediction", solver_order=order
+    )
+
+
+# Of order 2, which bears guidance better than 3: diffusers' own recommendation.
+SOLVERS = {"dpm++": make_dpm, "unipc": make_unipc}
 SAMPLERS: dict[str, Sampler] = {**OURS, **{name: partial(solved, make) for name, make in SOLVERS.items()}}
 
 
