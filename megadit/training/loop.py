@@ -272,20 +272,9 @@ class Course:
         self._tell_saves()
         if draws:
             self.tell_progress(step, "drawing")
-            self.draw(step)
+            draw_pictures(self.run, step)
         self.tell_progress(step)
         self.clock.lap()  # evaluating, recording, saving and drawing are not part of the next step's time
-
-    def draw(self, step: int) -> None:
-        """Pictures along the way; a training does not end over them. Collective."""
-        try:
-            pictures = sample_pictures(self.run)
-        except NotFinite as error:  # on every rank: all hold the same pictures
-            if self.run.process.is_main:
-                logger.warning("no pictures of step %d: %s", step, error)
-            return
-        if self.run.process.is_main:
-            write_pictures(pictures, self.run.config.directory / "samples" / f"step_{step:08d}.png")
 
     def look(self, evaluates: bool) -> None:
         """Read the steps since the last look from the device, and record them."""
@@ -420,6 +409,18 @@ class Course:
     def close(self) -> None:
         if self.recorder is not None:
             self.recorder.close()
+
+
+def draw_pictures(run: Run, step: int) -> None:
+    """Pictures along the way, into the run's folder; a training does not end over them. Collective."""
+    try:
+        pictures = sample_pictures(run)
+    except NotFinite as error:  # on every rank: all hold the same pictures
+        if run.process.is_main:
+            logger.warning("no pictures of step %d: %s", step, error)
+        return
+    if run.process.is_main:
+        write_pictures(pictures, run.config.directory / "samples" / f"step_{step:08d}.png")
 
 
 def write_pictures(pictures_BCHW: Tensor, path: Path) -> None:

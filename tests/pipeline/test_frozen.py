@@ -3,10 +3,13 @@
 import json
 import logging
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from megadit.encoders.autoencoder import Autoencoder
 from megadit.pipeline import ECDiTPipeline
@@ -33,7 +36,7 @@ def encoders(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=KINDS)
 def made(request, encoders, tmp_path_factory):
-    """(the encoders' folder, the kind, a pipeline of a run on a data set with latents of three sizes)."""
+    """(the encoders' folder, the kind, a pipeline of a run on a data set with latents of three sizes, the run)."""
     folder = tmp_path_factory.mktemp("frozen")
     write_set(folder / "set", {(64, 64): 40, (64, 96): 24, (96, 64): 17})
     named = [f"data.autoencoder={encoders / 'vae'}"]
@@ -47,11 +50,11 @@ def made(request, encoders, tmp_path_factory):
     )
     pipe = ECDiTPipeline.from_run(folder / "run")
     pipe.set_progress_bar_config(disable=True)
-    return encoders, request.param, pipe
+    return encoders, request.param, pipe, folder / "run"
 
 
 def test_latents_are_decoded_by_the_autoencoder(made):
-    encoders, _, pipe = made
+    encoders, _, pipe, _ = made
     latents = pipe(PROMPTS, generator=1, output_type="latent").images
     pixels = pipe(PROMPTS, generator=1, output_type="pt").images
     assert latents.shape == (2, 2, 4, 4) and pixels.shape == (2, 3, 32, 32)
@@ -63,8 +66,18 @@ def test_latents_are_decoded_by_the_autoencoder(made):
     assert np.abs(np.asarray(picture) - 255 * pixels[0].permute(1, 2, 0).numpy()).max() <= 0.5 + 1e-4
 
 
+def test_pictures_are_those_of_the_tool(made, tmp_path):
+    pipe, run, out = made[2], made[3], tmp_path / "grid.png"
+    command = [sys.executable, "tools/sample.py", run, *PROMPTS, "--zoom", 1, "--seed", 3, "--out", out]
+    done = subprocess.run([*map(str, command), "--size", "32x48"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pixels = np.asarray(Image.open(out))
+    for i, picture in enumerate(pipe(PROMPTS, height=32, width=48, generator=3).images):
+        assert np.array_equal(np.asarray(picture), pixels[1:33, 49 * i + 1 : 49 * i + 49])
+
+
 def test_it_comes_back_from_disk_with_its_encoders(made, tmp_path):
-    encoders, kind, pipe = made
+    encoders, kind, pipe, _ = made
     pipe.save_pretrained(tmp_path / "saved")
     count = len(kind.split("+"))
     folders = {"transformer", "scheduler", "vae", "text_encoder", "tokenizer"}
@@ -92,7 +105,7 @@ def test_diffusers_and_transformers_read_what_is_saved(made, tmp_path):
     from diffusers import AutoencoderKL
     from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
 
-    encoders, kind, pipe = made
+    encoders, kind, pipe, _ = made
     saved = tmp_path / "saved"
     pipe.save_pretrained(saved)
     index = json.loads((saved / "model_index.json").read_text())
@@ -109,7 +122,7 @@ def test_diffusers_and_transformers_read_what_is_saved(made, tmp_path):
 
 
 def test_sizes_are_those_of_the_data(made, caplog):
-    _, _, pipe = made
+    pipe = made[2]
     draw = {"num_inference_steps": 1, "output_type": "pt", "generator": 0}
     with caplog.at_level(logging.WARNING, logger="megadit"):
         assert pipe("a cat", height=48, width=32, **draw).images.shape == (1, 3, 48, 32)
@@ -123,7 +136,7 @@ def test_sizes_are_those_of_the_data(made, caplog):
 
 
 def test_it_moves_with_its_encoders(made, tmp_path):
-    _, _, pipe = made
+    pipe = made[2]
     pipe.save_pretrained(tmp_path / "saved")
     again = ECDiTPipeline.from_pretrained(tmp_path / "saved", encoder_dtype=torch.bfloat16)
     again.set_progress_bar_config(disable=True)
@@ -134,7 +147,7 @@ def test_it_moves_with_its_encoders(made, tmp_path):
 
 
 def test_parts_that_lack_are_named(made, tmp_path):
-    _, kind, pipe = made
+    _, kind, pipe, _ = made
     pipe.save_pretrained(tmp_path / "saved")
     last = "_2" if "+" in kind else ""
     family = kind.split("+")[-1]
