@@ -20,7 +20,7 @@ from megadit.parallel.grid import ParallelConfig
 from megadit.parallel.placement import Placement
 from megadit.runtime.disk import write_synced
 from megadit.training.build import TOKENIZER_FILE
-from megadit.training.config import experts_divide, tensor_divides
+from megadit.training.config import RunConfig, experts_divide, images_per_group, tensor_divides
 
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 
@@ -70,7 +70,7 @@ def _diffusers(weights: Weights, wanted: Export) -> Write:
 
 
 def _ours(weights: Weights, wanted: Export) -> Write:
-    config = export_config(weights)
+    config = export_config(weights.config, weights.step, weights.kind)
     if not wanted.cut:
         tensors = all_outgoing(weights, wanted.dtype)
         return lambda folder, bar: _write(folder, tensors, config, weights, wanted, bar(total(tensors)))
@@ -109,14 +109,18 @@ def total(tensors: Sequence[Outgoing]) -> int:
     return sum(tensor.spec.num_bytes for tensor in tensors)
 
 
-def export_config(weights: Weights) -> dict[str, Any]:
-    """config.json of an export of ours."""
-    plain = weights.config.to_dict()
+def export_config(config: RunConfig, step: int, kind: str) -> dict[str, Any]:
+    """config.json of an export of ours: of the weights of a kind after so many steps."""
+    if config.model.routing_group == "batch" and config.data.micro_batch:  # an export has no section data
+        config = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, routing_group=images_per_group(config))
+        )
+    plain = config.to_dict()
     return {
         "format": FORMAT,
         "megadit": megadit.__version__,
-        "step": weights.step,
-        "weights": weights.kind,
+        "step": step,
+        "weights": kind,
         "model": plain["model"],
         "text": plain["text"],
     }

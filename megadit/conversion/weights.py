@@ -17,6 +17,7 @@ from torch import Tensor
 from megadit.checkpoint.source import CheckpointSource, FolderSource, Source, Spec, open_source
 from megadit.checkpoint.stream import Outgoing, Progress
 from megadit.conversion.mapping import MappedSource
+from megadit.data.loader import DataConfig
 from megadit.model.ecdit import whole_model
 from megadit.parallel.grid import ParallelConfig
 from megadit.parallel.placement import Placement, placement_of
@@ -148,8 +149,9 @@ def run_config(raw: Mapping[str, Any], path: Path) -> RunConfig:
         raise ValueError(f"{path} does not say which model its weights are of")
     try:
         config = parse({key: value for key, value in raw.items() if value is not None}, str(path))
-        # The network alone: how it was trained is no matter here.
-        check(as_drawn(RunConfig(model=config.model, text=config.text), 1, ParallelConfig()), 1)
+        # The network alone: how it was trained is no matter here, but for how many images of a batch compete.
+        data = DataConfig(micro_batch=config.data.micro_batch or 1)
+        check(as_drawn(RunConfig(model=config.model, text=config.text, data=data), 1, ParallelConfig()), 1)
     except ValueError as error:
         raise ValueError(f"{path}: its configuration is not one of this version: {error}") from error
     return config

@@ -27,6 +27,7 @@ from megadit.model.text import TextConfig
 from megadit.parallel.grid import Fallback, Layout, ParallelConfig
 from megadit.runtime.watchdog import WatchdogConfig
 from megadit.sampling.generate import SampleConfig
+from megadit.sampling.solvers import check_installed
 from megadit.training.ema import EmaConfig
 from megadit.training.guard import GuardConfig
 from megadit.zero import OptimConfig, ZeroConfig
@@ -593,6 +594,14 @@ def numbers_make_sense(config: RunConfig, world_size: int) -> Iterator[str]:
         yield f"objective.keep_tokens={config.objective.keep_tokens} must be more than 0 and at most 1"
     if not 0 <= config.objective.caption_dropout <= 1:
         yield f"objective.caption_dropout={config.objective.caption_dropout} must be between 0 and 1"
+    sample = config.sample
+    if not 0 <= sample.guidance_rescale <= 1:
+        yield f"sample.guidance_rescale={sample.guidance_rescale} must be between 0 and 1"
+    if not 0 <= sample.guidance_from < sample.guidance_until <= 1:
+        yield (
+            f"sample.guidance_from={sample.guidance_from} and sample.guidance_until={sample.guidance_until} must be "
+            "times between 0, the image, and 1, the noise, the first of them lower; sample.guidance=1 is no guidance"
+        )
 
 
 def spikes_leave_a_way_back(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -655,6 +664,7 @@ def check(config: RunConfig, world_size: int) -> Layout:
 
 def check_inputs(config: RunConfig) -> None:
     """Raises ValueError for a network that can be converted, but not yet trained or drawn from."""
+    check_installed(config.sample.sampler)
     model, faults = config.model, []
     if model.conditioning == "text" and config.text.is_frozen and config.data.kind not in ("shards", "images"):
         faults.append(

@@ -21,6 +21,7 @@ from megadit.runtime.clock import Clock, peak_memory_gb
 from megadit.runtime.disk import replace_file
 from megadit.runtime.status import DIVERGED, FINISHED, LOST, STOPPED, UNSAVED
 from megadit.runtime.stopping import StopRequests
+from megadit.sampling.generate import NotFinite
 from megadit.sampling.picture import save_grid
 from megadit.training.build import TOKENIZER_FILE, Run
 from megadit.training.config import CONFIG_FILE, differing, images_per_group
@@ -271,9 +272,7 @@ class Course:
         self._tell_saves()
         if draws:
             self.tell_progress(step, "drawing")
-            pictures = sample_pictures(self.run)
-            if self.run.process.is_main:
-                write_pictures(pictures, config.directory / "samples" / f"step_{step:08d}.png")
+            draw_pictures(self.run, step)
         self.tell_progress(step)
         self.clock.lap()  # evaluating, recording, saving and drawing are not part of the next step's time
 
@@ -410,6 +409,18 @@ class Course:
     def close(self) -> None:
         if self.recorder is not None:
             self.recorder.close()
+
+
+def draw_pictures(run: Run, step: int) -> None:
+    """Pictures along the way, into the run's folder; a training does not end over them. Collective."""
+    try:
+        pictures = sample_pictures(run)
+    except NotFinite as error:  # on every rank: all hold the same pictures
+        if run.process.is_main:
+            logger.warning("no pictures of step %d: %s", step, error)
+        return
+    if run.process.is_main:
+        write_pictures(pictures, run.config.directory / "samples" / f"step_{step:08d}.png")
 
 
 def write_pictures(pictures_BCHW: Tensor, path: Path) -> None:

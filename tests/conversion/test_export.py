@@ -267,3 +267,12 @@ def test_a_truncated_source_is_refused_before_anything_is_written(run, tmp_path)
     with pytest.raises(ValueError, match=f"{file} has .* bytes, not the"):
         export(copied, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_an_export_says_how_many_images_of_a_batch_compete(tmp_path):
+    """It has no section data, which says how many a batch has."""
+    make_run(tmp_path / "run", "model.routing_group=batch", "data.micro_batch=4", kinds=("ema",))
+    export(tmp_path / "run", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model"]["routing_group"] == 4
+    import_weights(tmp_path / "out", tmp_path / "in", silent)
+    assert read_config(tmp_path / "in")["model"]["routing_group"] == 4

@@ -84,3 +84,29 @@ def test_euler_steps_as_diffusers_does(shift):
         theirs = scheduler.step(velocity, timestep, theirs).prev_sample
     ours = euler(network, noise(torch.float32), sampling_times(7, shift))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_each_step_is_told_with_the_time_that_it_came_to(sampler):
+    told, times = [], sampling_times(3, 2.0, torch.float64)
+    seen = sampler(lambda x, t: torch.sin(x), noise(), times, on_step=lambda *args: told.append(args))
+    assert [step for step, *_ in told] == [0, 1, 2]
+    assert [time.item() for _, time, _ in told] == times[1:].tolist()
+    assert torch.equal(told[-1][2], seen)
+    assert torch.equal(seen, sampler(lambda x, t: torch.sin(x), noise(), times))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_what_is_returned_after_a_step_is_what_goes_on(sampler):
+    times = sampling_times(4, 1.0, torch.float64)
+
+    def network(x, t):
+        return torch.sin(x)
+
+    def from_zero(step, time, x):
+        return torch.zeros_like(x).float() if step == 1 else None
+
+    found = sampler(network, noise(), times, on_step=from_zero)
+    assert torch.equal(found, sampler(network, 0 * noise(), times[2:])) and found.dtype == torch.float64
+    with pytest.raises(ValueError, match=r"made \[1, 1, 3, 3\] of images \[2, 1, 3, 3\]"):
+        sampler(network, noise(), times, on_step=lambda step, time, x: x[:1])

@@ -2,13 +2,16 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from megadit.diffusion.timesteps import sampling_times
 from megadit.parallel.grid import Grid
 from megadit.parallel.init import Normal, initialise
 from megadit.runtime.seed import stream
 from megadit.sampling.generate import SampleConfig, generate, noise_of
+from megadit.sampling.solvers import SAMPLERS
 from megadit.training.build import build_pipeline, build_stages, named_parameters, read_inputs
 from megadit.training.config import check, images_per_group, load_config
 from tests.ranks import run_ranks
@@ -194,3 +197,117 @@ def test_an_images_noise_is_its_own():
     assert torch.equal(noise[1], noise_of(7, [2], (3, 4, 4))[0])
     assert torch.equal(noise[1], torch.randn(3, 4, 4, generator=stream(7, "sample", 2), dtype=torch.float64))
     assert (distances(noise, noise_of(8, [5, 2], (3, 4, 4))) > 0.1).all()
+
+
+def answers(rank, world_size, overrides):
+    """What the keyword arguments do, on a network of random weights: {name: pictures, or message, or what was seen}."""
+    config, (network,), pipeline, condition = assembled(rank, world_size, overrides)
+    group, shape, prompts = images_per_group(config), (1, 8, 8), PROMPTS[:3]
+
+    def draw(prompts=prompts, seed=7, settings=SETTINGS, **keywords):
+        try:
+            return generate(
+                *(pipeline, condition, prompts, shape, settings, seed, config.dtype), group=group, **keywords
+            ).numpy()
+        except ValueError as error:
+            return f"{type(error).__name__}: {error}"
+
+    seen, sizes = [], []
+
+    def look(step, time, x):
+        seen.append((step, time.item(), x.numpy().copy()))
+
+    def spoil(step, time, x):
+        return torch.where(torch.arange(3).view(3, 1, 1, 1) == 1, torch.nan, x) if step == 1 else None
+
+    forward = pipeline.forward
+    pipeline.forward = lambda batch, *args, **kwargs: sizes.append(len(batch)) or forward(batch, *args, **kwargs)
+    found = {
+        "plain": draw(),
+        "looked": draw(on_step=look),
+        "zeroed": draw(on_step=lambda step, time, x: 0 * x),
+        "seen": seen,
+        "given": draw(seed=3, latents=noise_of(7, range(3), shape)),
+        "negative": draw(negative=[prompts[0], "", "  "]),
+        "nothing": draw(negative=["", " ", ""]),
+        "spoilt": draw(on_step=spoil),
+        "shape": draw(latents=torch.zeros(3, 1, 8, 7)),
+        "whole numbers": draw(latents=torch.zeros(3, 1, 8, 8, dtype=torch.int64)),
+        "few": draw(negative=["a"]),
+    }
+    sizes.clear()
+    draw(settings=replace(SETTINGS, sampler="euler", steps=4, shift=1.0, guidance_from=0.4, guidance_until=0.8))
+    found["interval"] = list(sizes)
+    sizes.clear()
+    draw(settings=replace(SETTINGS, sampler="euler", guidance=1.0))
+    found["unguided"] = list(sizes)
+    filled = [*prompts, *prompts[-1:] * (-3 % group)]
+    noise, told = noise_of(7, range(len(filled)), shape), condition.encode(filled)
+    nothing = {key: value.expand_as(told[key]) for key, value in condition.nothing.items()}
+
+    def velocity(x, timesteps):
+        given, free = (network(x, timesteps_B=timesteps, size=(8, 8), **keywords) for keywords in (told, nothing))
+        return free + 2 * (given - free)
+
+    for sampler in SAMPLERS:
+        found[sampler] = draw(settings=replace(SETTINGS, sampler=sampler, steps=5))
+        with torch.no_grad():
+            times = sampling_times(5, SETTINGS.shift, torch.float64)
+            found[f"{sampler} by hand"] = SAMPLERS[sampler](velocity, noise, times)[:3].numpy()
+    return found
+
+
+@pytest.fixture(scope="module", params=["captions", "pairs"])
+def answered(request):
+    return run_ranks(answers, 1, MODELS[request.param])[0], 2 if request.param == "pairs" else 1
+
+
+def test_each_step_is_shown_without_the_filling(answered):
+    found, _ = answered
+    np.testing.assert_array_equal(found["looked"], found["plain"])
+    assert [step for step, *_ in found["seen"]] == [0, 1, 2]
+    assert [time for _, time, _ in found["seen"]] == pytest.approx([0.8, 0.5, 0.0])
+    assert all(images.shape == (3, 1, 8, 8) for *_, images in found["seen"])
+    np.testing.assert_array_equal(found["seen"][-1][2], found["plain"])
+    np.testing.assert_array_equal(found["zeroed"], 0)
+
+
+def test_latents_are_started_from(answered):
+    found, _ = answered
+    if answered[1] == 1:
+        np.testing.assert_array_equal(found["given"], found["plain"])
+    else:  # the filling that the third image competes with has noise of another seed
+        np.testing.assert_array_equal(found["given"][:2], found["plain"][:2])
+    wanted = "give floating-point ones of [3, 1, 8, 8]"
+    assert found["shape"] == f"ValueError: latents are torch.float32 of [3, 1, 8, 7]; {wanted}"
+    assert found["whole numbers"].startswith("ValueError: latents are torch.int64 of [3, 1, 8, 8]")
+
+
+def test_a_negative_prompt_takes_the_place_of_nothing(answered):
+    """Steered away from its own prompt, an image has no guidance."""
+    found, group = answered
+    np.testing.assert_array_equal(found["nothing"], found["plain"])
+    changed = np.abs(found["negative"] - found["plain"]).reshape(3, -1).max(axis=1)
+    assert changed[0] > 1e-3 and (changed[group:] == 0).all()
+    assert found["few"] == "ValueError: 1 negative prompts for 3 images; give one for each"
+
+
+def test_pictures_that_are_not_finite_are_refused_by_name_and_step(answered):
+    found, _ = answered
+    assert found["spoilt"].startswith(
+        "NotFinite: of 3 pictures 1 are not finite, from step 2 of 3 on: 1 ('the digit 3'); "
+    )
+    assert "run.dtype=float32" in found["spoilt"]
+
+
+def test_the_network_sees_both_branches_where_images_are_guided_alone(answered):
+    found, group = answered
+    batch = -(-3 // group) * group
+    assert found["interval"] == [batch, 2 * batch, 2 * batch, batch]  # at 1, 0.75, 0.5, 0.25
+    assert found["unguided"] == [batch] * 3
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_integrates_the_guided_velocity_of_the_bare_network(sampler, answered):
+    found, _ = answered
+    np.testing.assert_allclose(found[sampler], found[f"{sampler} by hand"], rtol=0, atol=1e-11)

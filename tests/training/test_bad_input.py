@@ -47,6 +47,14 @@ CASES = {
     "betas": (1, ["optim.betas=[0.9,1.5]"], ["optim.betas[1]=1.5 must be at least 0 and less than 1"]),
     "average": (2, ["ema.decay=2"], ["ema.decay=2.0 must be at least 0 and less than 1"]),
     "dropout": (1, ["objective.caption_dropout=5"], ["objective.caption_dropout=5.0 must be between 0 and 1"]),
+    "rescaling": (1, ["sample.guidance_rescale=1.5"], ["sample.guidance_rescale=1.5 must be between 0 and 1"]),
+    "no interval": (
+        1,
+        ["sample.guidance_from=0.6", "sample.guidance_until=0.3"],
+        ["sample.guidance_from=0.6 and sample.guidance_until=0.3 must be times between 0", "the first of them lower"],
+    ),
+    "beyond the noise": (1, ["sample.guidance_until=2"], ["sample.guidance_until=2.0 must be times between 0"]),
+    "sampler": (1, ["sample.sampler=ddim"], ["sample.sampler='ddim'", "'dpm++' or 'unipc'"]),
     "no pictures": (1, ["log.samples=0"], ["log.samples=0 must be more than 0"]),
     "short captions": (1, ["text.length=2"], ["text.length=2 has no room", "use 3 or more"]),
     "batch of no size": (

@@ -1,10 +1,13 @@
 """The held-out loss: every layout's is one process's, and it is the average weights' own."""
 
+import logging
+
 import pytest
 import torch
 
 from megadit.diffusion.objective import velocity_loss
 from megadit.training.evaluate import heldout_loss, sample_pictures
+from megadit.training.loop import draw_pictures
 from megadit.training.step import prepare
 from tests.ranks import run_ranks
 from tests.training.assembled import assembled, make_step
@@ -66,6 +69,28 @@ def perturbed(rank, world_size):
             tensor.mul_(1.5).add_(0.01)
         found.append((heldout_loss(run), sample_pictures(run).numpy()))
     return found
+
+
+def spoilt(rank, world_size, folder):
+    """What a course says, and leaves behind, that is to draw with averages that are no numbers."""
+    run = assembled(rank, world_size, f"run.dir={folder}", "log.samples=2", "sample.steps=1")
+    for flat in run.ema.averages:
+        flat.flat.fill_(float("nan"))
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("megadit").addHandler(handler)
+    try:
+        draw_pictures(run, 7)
+    finally:
+        logging.getLogger("megadit").removeHandler(handler)
+    return said
+
+
+def test_a_training_does_not_end_over_pictures_that_are_not_finite(tmp_path):
+    ((said,),) = run_ranks(spoilt, 1, tmp_path / "run")
+    assert said.startswith("no pictures of step 7: of 2 pictures 2 are not finite, from step 1 of 1 on")
+    assert not (tmp_path / "run/samples").exists()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,43 @@
+"""The whole network on one device, without a process group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megadit.conversion.weights import Weights
+from megadit.model.ecdit import ECDiT, whole_model
+from megadit.training.config import RunConfig
+
+
+class Whole:
+    """What `generate` runs: the network, which needs no ranks."""
+
+    def __init__(self, network: ECDiT) -> None:
+        self.network = network
+
+    @property
+    def parameter(self) -> Tensor:
+        return next(self.network.parameters())
+
+    @property
+    def device(self) -> torch.device:
+        return self.parameter.device
+
+    @torch.no_grad()
+    def forward(self, batch: Tensor, keywords: dict[str, Any], *, multiple: int) -> Tensor:
+        """The velocity of a batch, which is whole groups of `multiple` images."""
+        assert len(batch) % multiple == 0, f"{len(batch)} images are no groups of {multiple}"
+        out = self.network(batch, **keywords)
+        return out[0] if isinstance(out, tuple) else out
+
+
+def build_network(config: RunConfig, weights: Weights, dtype: torch.dtype, device: torch.device) -> ECDiT:
+    """The network of `config` with these weights, rounded to `dtype`. Raises ValueError for a file that is damaged."""
+    network = whole_model(config.model, config.text).to_empty(device="cpu").to(dtype)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.copy_(weights.source.read(weights.tensors[name]))
+    return network.to(device).eval().requires_grad_(False)
