@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,12 +20,10 @@ from typing import Any
 import torch
 
 import megadit
-from megadit import checkpoint
 from megadit.checkpoint.source import CheckpointSource, read_json
 from megadit.checkpoint.stream import Outgoing, appearing, write_folder
 from megadit.conversion.export import export_config
 from megadit.conversion.weights import Bar, Weights, differences, listing, open_weights, parameters_of
-from megadit.data.manifest import read_manifest
 from megadit.encoders.autoencoder import Autoencoder
 from megadit.encoders.condition import Captions, Condition, FrozenCaptions, Labels
 from megadit.encoders.frozen_text import FrozenText, load_encoders
@@ -35,11 +32,11 @@ from megadit.model.ecdit import ECDiT
 from megadit.parallel.grid import ParallelConfig
 from megadit.runtime.disk import write_synced
 from megadit.training.build import TOKENIZER_FILE
-from megadit.training.config import CONFIG_FILE, RunConfig, check, check_inputs, load_config, parse
+from megadit.training.config import CONFIG_FILE, RunConfig, check, parse
+from megadit.training.decoder import Decoder
 from megadit.training.encoded import autoencoder_of
-from megadit.training.restore import as_drawn, open_condition
-
-logger = logging.getLogger("megadit")
+from megadit.training.restore import as_drawn, newest_checkpoint, open_condition, read_drawn, warn_of_weights
+from megadit.training.trained_sizes import trained_sizes
 
 INDEX_FILE = "model_index.json"
 CLASS = "ECDiTPipeline"
@@ -68,6 +65,10 @@ class Parts:
     def text_encoders(self) -> list[FrozenText]:
         return self.condition.encoders if isinstance(self.condition, FrozenCaptions) else []
 
+    @property
+    def decoder(self) -> Decoder:
+        return Decoder() if self.autoencoder is None else Decoder.of(self.autoencoder)
+
 
 # --- a run ------------------------------------------------------------------------------------------------------------
 
@@ -77,12 +78,8 @@ def read_run(folder: Path, device: torch.device, online: bool) -> tuple[Parts, W
 
     Raises ValueError naming what is not there or does not fit.
     """
-    config = as_drawn(load_config(folder / CONFIG_FILE), 1, ParallelConfig())
-    check_inputs(config)
-    check(config, 1)
-    path = checkpoint.latest(folder / "checkpoints")
-    if path is None:
-        raise ValueError(f"{folder / 'checkpoints'}: no complete checkpoint; train the run first")
+    config = read_drawn(folder, 1)
+    path = newest_checkpoint(folder)
     weights = open_weights(path)
     wanted = {name: parameter.shape for name, parameter in parameters_of(config).items()}
     found = {name: weights.spec(name).shape for name in weights.tensors}
@@ -91,9 +88,7 @@ def read_run(folder: Path, device: torch.device, online: bool) -> tuple[Parts, W
     assert isinstance(weights.source, CheckpointSource)
     weights.source.check_bytes()
     if weights.kind != "ema":
-        logger.warning(
-            "%s holds no averages of the weights; pictures are drawn with those that trained, which are noisier", path
-        )
+        warn_of_weights(path)
     condition = open_condition(config, folder, device, online)
     named = autoencoder_of(config)
     autoencoder = named and Autoencoder.load(named.name, device, torch.float32, named.revision, online)
@@ -103,13 +98,10 @@ def read_run(folder: Path, device: torch.device, online: bool) -> tuple[Parts, W
 def sizes_of(config: RunConfig) -> tuple[Size, ...]:
     """Of the latents of the run's data sets, where these are here; the model's square."""
     square = (config.model.image_size, config.model.image_size)
-    folders = config.data.sets or {config.data.path: 1.0} if config.data.kind == "shards" else {}
     try:
-        manifests = [read_manifest(Path(folder).expanduser()) for folder in folders]
+        return tuple(trained_sizes(config)) or (square,)
     except ValueError:
-        manifests = []
-    sizes = {(bucket.latent[1], bucket.latent[2]) for manifest in manifests for bucket in manifest.buckets}
-    return tuple(sorted(sizes)) or (square,)
+        return (square,)
 
 
 # --- a folder of its own ----------------------------------------------------------------------------------------------

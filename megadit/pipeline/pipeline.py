@@ -260,13 +260,7 @@ class ECDiTPipeline:
     def _shown(self, latents_BCHW: Tensor, output_type: OutputType) -> Any:
         if output_type == "latent":
             return latents_BCHW
-        autoencoder = self.parts.autoencoder
-        # One at a time, as tools/sample.py: the sums of a larger batch may be in another order.
-        pixels_BCHW = (
-            latents_BCHW
-            if autoencoder is None
-            else torch.cat([autoencoder.decode(each) for each in latents_BCHW.split(1)])
-        )
+        pixels_BCHW = self.parts.decoder.decode(latents_BCHW)
         if output_type == "pil":
             return [as_pil(image) for image in to_bytes(pixels_BCHW)]
         unit_BCHW = (pixels_BCHW / 2 + 0.5).clamp(0, 1)

@@ -12,6 +12,7 @@ from megadit.pipeline.folder import Parts, Size
 from megadit.sampling.generate import SampleConfig
 from megadit.sampling.solvers import check_installed
 from megadit.training.config import check_sizes, numbers_make_sense, parse, sampling_of
+from megadit.training.trained_sizes import not_among
 
 logger = logging.getLogger("megadit")
 
@@ -52,7 +53,7 @@ def size_of(parts: Parts, height: int | None, width: int | None) -> Size:
     Warns of a size that the network was not trained on. Raises ValueError for one without whole patches.
     """
     model = parts.config.model
-    cell = 1 if parts.autoencoder is None else parts.autoencoder.downscale
+    cell = parts.decoder.cell
     sides = {"height": height, "width": width}
     step = cell * model.patch
     for name, side in sides.items():
@@ -63,14 +64,8 @@ def size_of(parts: Parts, height: int | None, width: int | None) -> Size:
     tall, wide = (model.image_size if side is None else side // cell for side in (height, width))
     size = tall, wide
     check_sizes(parts.config, [size])
-    if size not in parts.sizes:
-        trained = ", ".join(f"{h * cell}x{w * cell}" for h, w in parts.sizes)
-        logger.warning(
-            "the network was not trained on pictures of %dx%d pixels (height x width), but on %s",
-            size[0] * cell,
-            size[1] * cell,
-            trained,
-        )
+    if warning := not_among(parts.sizes, size, cell):
+        logger.warning("%s", warning)
     return size
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from megadit.data.stored import StoredCaptions
 from megadit.diffusion.sampler import Progress
 from megadit.encoders.condition import Captions, Condition, FrozenCaptions, Labels, Told
 from megadit.encoders.tokenizer import Tokenizer
-from megadit.parallel.grid import Grid, ParallelConfig
+from megadit.parallel.grid import Grid, Layout, ParallelConfig
 from megadit.parallel.pipeline.schedule import Pipeline
 from megadit.runtime.agreement import of_main, together
 from megadit.runtime.launch import Process
@@ -126,7 +127,7 @@ class Sampler:
         alone is left out, so that what is drawn has the neighbours that it would have had. drawn: told, after each
         turn, which pictures all ranks have drawn in it.
 
-        Raises ValueError, on every rank and before anything is drawn, as `draw`.
+        Raises ValueError as `draw`, on every rank: before anything is drawn, but for pictures that are not finite.
         """
         rank = self.grid["dp"].rank
         rounds, draw = self._plan(prompts, settings, seed, batch, progress, size)
@@ -186,8 +187,9 @@ class Sampler:
             own = [prompts[min(index, len(prompts) - 1)] for index in indices]
             with together():  # other ranks read other prompts, perhaps from files
                 told = Told(self.condition, own)
-            dtype, first = self.config.dtype, indices.start
-            return generate(self.pipeline, told, own, image_shape, settings, seed, dtype, first, self.group, progress)
+            dtype, first, group = self.config.dtype, indices.start, self.group
+            with together():  # other ranks draw other pictures; whether they are finite is known when all are drawn
+                return generate(self.pipeline, told, own, image_shape, settings, seed, dtype, first, group, progress)
 
         return rounds_of(len(prompts), self.group, self.grid["dp"].size, batch or PICTURES_PER_CALL), draw
 
@@ -210,28 +212,65 @@ def warn(warnings: Sequence[str]) -> None:
 
 
 def open_sampler(
-    directory: Path, process: Process, parallel: ParallelConfig | None = None, online: bool = False
+    directory: Path,
+    process: Process,
+    parallel: ParallelConfig | None = None,
+    online: bool = False,
+    *,
+    sample: Mapping[str, Any] | None = None,
+    reads_prompts: bool = True,
 ) -> Sampler:
     """The sampler of a run's folder, on this process's place in `parallel` (one rank by default). Collective.
 
-    `online`: text encoders that are not on this machine are downloaded. Raises ValueError on every rank: for a layout
-    that the model or the number of processes does not allow, before a checkpoint is read, and naming the file for a
-    folder that holds no run or no complete checkpoint, and for what reads its prompts and is not there.
+    online: text encoders that are not on this machine are downloaded. sample: fields of section `sample` that are to
+    have other values. reads_prompts: False for who reads the run's data alone; of encoded data sets no text encoder is
+    opened then, and prompts are numbers of stored captions.
+
+    Raises ValueError on every rank: for settings, and a layout that the model or the number of processes does not
+    allow, before a checkpoint is read, and naming the file for a folder that holds no run or no complete checkpoint,
+    and for what reads its prompts and is not there.
     """
     with together():
-        config = as_drawn(load_config(directory / CONFIG_FILE), process.world_size, parallel or ParallelConfig())
-        check_inputs(config)
-        layout = check(config, process.world_size)
-    path = of_main(lambda: checkpoint.latest(directory / "checkpoints"))
-    if path is None:
-        raise ValueError(f"{directory / 'checkpoints'}: no complete checkpoint; train the run first")
+        config = read_drawn(directory, process.world_size, parallel, sample)
+    path = of_main(lambda: newest_checkpoint(directory))
     step = of_main(lambda: int(checkpoint.read_manifest(path)["step"]))
+    read = config
+    if config.data.kind == "shards" and not reads_prompts:
+        read = replace(config, text=replace(config.text, kind="precomputed"))
     with together():
-        condition = open_condition(config, directory, process.device, online)
-    grid = Grid(layout, process.rank)
+        condition = open_condition(read, directory, process.device, online)
+    grid = Grid(Layout.of(config.parallel, process.world_size), process.rank)
     stages = build_stages(config, grid, process.device)
     load_averages(path, named_parameters(stages), grid)
     return Sampler(config, grid, build_pipeline(config, stages, grid, process.device), condition, step)
+
+
+def read_drawn(
+    directory: Path,
+    world_size: int,
+    parallel: ParallelConfig | None = None,
+    sample: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """The configuration of a run's folder, made one of drawing; arguments and errors as of `open_sampler`."""
+    trained = load_config(directory / CONFIG_FILE)
+    trained = replace(trained, sample=replace(trained.sample, **sample or {}))
+    config = as_drawn(trained, world_size, parallel or ParallelConfig())
+    check_inputs(config)
+    check(config, world_size)
+    return config
+
+
+def newest_checkpoint(directory: Path) -> Path:
+    """Of a run's folder. Raises ValueError where none is complete."""
+    path = checkpoint.latest(directory / "checkpoints")
+    if path is None:
+        raise ValueError(f"{directory / 'checkpoints'}: no complete checkpoint; train the run first")
+    return path
+
+
+def warn_of_weights(path: Path) -> None:
+    """In the log, of a checkpoint without averages."""
+    logger.warning("%s holds no averages (ema.*): pictures are drawn with its weights, which are noisier", path)
 
 
 @torch.no_grad()
@@ -243,7 +282,7 @@ def load_averages(path: Path, named: Sequence[tuple[str, nn.Parameter]], grid: G
     saved = of_main(lambda: {name: entry["dtype"] for name, entry in checkpoint.read_manifest(path)["tensors"].items()})
     kind = "ema" if any(name.startswith("ema.") for name in saved) else "weight"
     if kind == "weight":
-        logger.warning("%s holds no averages (ema.*): pictures are drawn with its weights", path)
+        warn_of_weights(path)
     flats, state = [], {}
     for name, parameter in named:
         key = f"{kind}.{name}"

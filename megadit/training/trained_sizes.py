@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from megadit.data.manifest import read_manifest
@@ -24,17 +25,27 @@ def untrained_size(config: RunConfig, size: tuple[int, int] | None, cell: int = 
     """
     square = (config.model.image_size, config.model.image_size)
     asked = size or square
-
-    def told(latent: tuple[int, int]) -> str:
-        return f"{latent[0] * cell}x{latent[1] * cell}"
-
     try:
         known = trained_sizes(config)
     except ValueError as error:
         if asked == square:
             return None
-        return f"pictures of {told(asked)}: the sizes that the model was trained on are not known ({error})"
-    if asked in known:
+        return f"pictures of {told(asked, cell)}: the sizes that the model was trained on are not known ({error})"
+    return not_among(known, asked, cell)
+
+
+def not_among(known: Collection[tuple[int, int]], size: tuple[int, int], cell: int = 1) -> str | None:
+    """What to know of drawing latent images of `size` with a model that was trained on those of `known`."""
+    if size in known:
         return None
-    sizes = ", ".join(map(told, known))
-    return f"the model was not trained on pictures of {told(asked)}, but of {sizes}; expect worse ones"
+    sizes = ", ".join(told(each, cell) for each in known)
+    return f"the model was not trained on pictures of {told(size, cell)}, but of {sizes}; expect worse ones"
+
+
+def told(latent: tuple[int, int], cell: int) -> str:
+    """A latent's size in pixels.
+
+    >>> told((8, 12), cell=8)
+    '64x96'
+    """
+    return f"{latent[0] * cell}x{latent[1] * cell}"

@@ -129,7 +129,7 @@ def test_sizes_are_those_of_the_data(made, caplog):
         assert not caplog.records
         assert pipe("a cat", height=64, width=32, **draw).images.shape == (1, 3, 64, 32)
     assert caplog.records[0].getMessage() == (
-        "the network was not trained on pictures of 64x32 pixels (height x width), but on 32x32, 32x48, 48x32"
+        "the model was not trained on pictures of 64x32, but of 32x32, 32x48, 48x32; expect worse ones"
     )
     with pytest.raises(ValueError, match="height=40 must be a multiple of 16 pixels: a patch is 2 cells of 8"):
         pipe("a cat", height=40)

@@ -272,9 +272,7 @@ def test_a_size_that_was_not_trained_on_is_warned_of(captions, caplog):
         assert not caplog.records
         assert captions(PROMPTS[0], height=12, **FAST).images.shape == (1, 1, 12, 8)
     (record,) = caplog.records
-    assert record.getMessage() == (
-        "the network was not trained on pictures of 12x8 pixels (height x width), but on 8x8"
-    )
+    assert record.getMessage() == ("the model was not trained on pictures of 12x8, but of 8x8; expect worse ones")
 
 
 def test_long_prompts_are_warned_of(captions, caplog):
@@ -421,7 +419,7 @@ def test_weights_without_averages_are_warned_of(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="megadit"):
         pipe = ECDiTPipeline.from_run(tmp_path / "run")
     (record,) = caplog.records
-    assert "holds no averages of the weights" in record.getMessage()
+    assert "holds no averages (ema.*): pictures are drawn with its weights" in record.getMessage()
     for name, parameter in pipe.transformer.named_parameters():
         assert torch.equal(parameter, tensors[f"weight.{name}"])
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shutil
 from dataclasses import replace
 
@@ -219,6 +220,25 @@ def test_faults_are_heard_on_every_rank(trained, tmp_path):
     assert len(first) == len(expected)
     for message, beginning in zip(first, expected, strict=True):
         assert message.startswith(beginning)
+
+
+def overflowing(rank, world_size, folder):
+    """What every rank hears of pictures that are not finite on the second one."""
+    sampler, messages = open_sampler(folder, process(rank, world_size)), []
+    for parameter in sampler.pipeline.stages[0].parameters() if rank else []:
+        parameter.data.fill_(math.nan)
+    for draw in (sampler.draw_all, lambda *what, **how: list(sampler.shares(*what, **how))):
+        with pytest.raises(ValueError) as raised:
+            draw(["a one", "a two", "a three"], SETTINGS, 7, batch=1)
+        messages.append(str(raised.value))
+    return messages
+
+
+def test_pictures_that_are_not_finite_end_the_drawing_on_every_rank(trained):
+    first, second = run_ranks(overflowing, 2, trained["captions"])
+    assert first == second
+    expected = "of 1 pictures 1 are not finite, from step 1 of 4 on: 1 ('a two')"
+    assert all(message.startswith(expected) for message in first)
 
 
 def warned(rank, world_size, folder, prompts):
