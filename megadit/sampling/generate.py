@@ -15,10 +15,10 @@ from megadit.diffusion.sampler import Network, OnStep, Progress, after, go_on
 from megadit.diffusion.timesteps import sampling_times
 from megadit.encoders.condition import Condition
 from megadit.runtime.seed import stream
+from megadit.sampling.prompts import check_prompts
 from megadit.sampling.solvers import SAMPLERS
 
 logger = logging.getLogger("megadit")
-
 
 NAMED = 5  # pictures at fault that a message names
 
@@ -81,7 +81,8 @@ def generate(
     condition refuses, for a batch that begins within a group, and for latents of another shape; NotFinite for images
     that are not finite.
     """
-    check_prompts(prompts, first_index, group)
+    check_prompts(prompts, first_index)
+    check_begins_a_group(first_index, group)
     if negative is not None and len(negative) != len(prompts):
         raise ValueError(f"{len(negative)} negative prompts for {len(prompts)} images; give one for each")
     for warning in condition.warnings([*prompts, *(negative or [])]):
@@ -113,13 +114,8 @@ def generate(
     return images_BCHW
 
 
-def check_prompts(prompts: Sequence[str], first_index: int, group: int) -> None:
+def check_begins_a_group(first_index: int, group: int) -> None:
     """Raises ValueError; see `generate`."""
-    if not prompts:
-        raise ValueError("no prompts; say what to draw")
-    for i, prompt in enumerate(prompts):
-        if not prompt.strip():
-            raise ValueError(f"prompt {first_index + i} is empty; say what to draw")
     if first_index % group:
         raise ValueError(
             f"first_index={first_index} is within a group of {group} images that are routed together; "

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from megadit.sampling.picture import to_bytes
+from megadit.sampling.picture import as_png
 from megadit.sampling.routing import Branch
 
 COLOURS = {"conditional": "viridis", "unconditional": "viridis", "difference": "PuOr_r"}
@@ -27,12 +27,6 @@ ALPHA = 0.65  # of the colours over the picture
 SECOND = "#52514e"  # ink of what is read second
 
 Bar = Callable[[Iterable[Any]], Iterable[Any]]
-
-
-def picture_of(image_CHW: Tensor) -> Image.Image:
-    """[-1, 1] -> a grey or RGB picture, a pixel for each; of another number of channels (latents) the first."""
-    image = to_bytes(image_CHW[None])[0]
-    return Image.fromarray(image.permute(1, 2, 0).numpy() if len(image) == 3 else image[0].numpy())
 
 
 def coloured(values: np.ndarray, low: float, high: float, colours: str = "viridis") -> np.ndarray:
@@ -340,4 +334,4 @@ def save_animation(scene: Scene, path: Path, progress: Bar = iter, seconds: floa
 def decoded(frames_SCHW: Tensor, decode: Callable[[Tensor], Tensor], progress: Bar = iter) -> list[Image.Image]:
     """Pictures of latents, one after the other; `decode` takes and gives [1, C, H, W]."""
     with torch.no_grad():
-        return [picture_of(decode(latent)[0]) for latent in progress(frames_SCHW.split(1))]
+        return [as_png(decode(latent)[0]) for latent in progress(frames_SCHW.split(1))]

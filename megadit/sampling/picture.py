@@ -26,15 +26,20 @@ def shown(images_BCHW: Tensor) -> Tensor:
 
 
 def as_png(image_CHW: Tensor) -> Image.Image:
-    """One image of floats in [-1, 1] or of bytes, pixel by pixel."""
+    """One image of floats in [-1, 1] or of bytes, pixel by pixel; of latents the first channel."""
     pixels = to_bytes(shown(image_CHW))
     return Image.fromarray(pixels.squeeze(0).numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy())
 
 
 def save_picture(image_CHW: Tensor, path: Path) -> None:
     """Write a PNG of one image; a file of this name is whole, whenever it is there."""
+    write_png(as_png(image_CHW), path)
+
+
+def write_png(picture: Image.Image, path: Path) -> None:
+    """Write a PNG; a file of this name is whole, whenever it is there."""
     content = io.BytesIO()
-    as_png(image_CHW).save(content, format="PNG")
+    picture.save(content, format="PNG")
     replace_file(path, content.getvalue())
 
 

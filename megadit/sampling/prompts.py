@@ -40,8 +40,10 @@ def read_prompts(source: str) -> list[str]:
     return prompts
 
 
-def check_prompts(prompts: Sequence[str]) -> None:
+def check_prompts(prompts: Sequence[str], first_index: int = 0) -> None:
     """Raises ValueError for no prompts, and for an empty one: guidance steers away from the empty caption.
+
+    first_index: by which the first of them is named.
 
     >>> check_prompts(["a seven", " "])
     Traceback (most recent call last):
@@ -51,4 +53,4 @@ def check_prompts(prompts: Sequence[str]) -> None:
         raise ValueError("no prompts; say what to draw")
     for i, prompt in enumerate(prompts):
         if not prompt.strip():
-            raise ValueError(f"prompt {i} is empty; say what to draw")
+            raise ValueError(f"prompt {first_index + i} is empty; say what to draw")

@@ -83,19 +83,20 @@ class Trace:
 
     @property
     def is_guided(self) -> bool:
-        """Whether any call had unconditional images."""
-        return not np.isnan(self.unconditional_NLBT).all()
+        """Whether any step began with unconditional images."""
+        return not np.isnan(self.unconditional_NLBT[self.firsts]).all()
 
     def maps(self, branch: Branch = "conditional", image: int = 0) -> np.ndarray:
         """Experts that took each patch of an image in each step's first call, [S, L, T]; NaN where there was none.
 
-        Raises ValueError if the branch was never evaluated.
+        Raises ValueError if no step has the branch.
         """
         conditional_SLT = self.conditional_NLBT[self.firsts, :, image]
         unconditional_SLT = self.unconditional_NLBT[self.firsts, :, image]
         if branch != "conditional" and not self.is_guided:
             raise ValueError(
-                f"there is no {branch} branch: nothing was drawn without the prompt; set a guidance other than 1"
+                f"there is no {branch} branch: no step was drawn without the prompt; set a guidance other than 1, "
+                "between times that steps begin at"
             )
         return {
             "conditional": conditional_SLT,

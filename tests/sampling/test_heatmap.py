@@ -16,10 +16,10 @@ from megadit.sampling.heatmap import (
     decoded,
     mean_over_steps,
     overlay,
-    picture_of,
     save_animation,
     sheet,
 )
+from megadit.sampling.picture import as_png
 from tests.sampling.test_routing import COUNTS
 
 # Matplotlib's viridis at 0, 1/4, 1/2, 3/4 and 1.
@@ -223,4 +223,4 @@ def test_pictures_are_those_of_the_decoder_one_by_one():
 
     pictures = decoded(latents, decode)
     assert shapes == [(1, 2, 2, 2)] * 3 and [picture.mode for picture in pictures] == ["RGB"] * 3
-    assert np.asarray(picture_of(latents[0])).tolist() == np.asarray(pictures[0])[..., 0].tolist()
+    assert np.asarray(as_png(latents[0])).tolist() == np.asarray(pictures[0])[..., 0].tolist()
