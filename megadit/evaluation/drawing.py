@@ -7,11 +7,9 @@ write into one folder, so all machines must see it.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +22,15 @@ from megadit.evaluation.painter import Painter
 from megadit.evaluation.results import read_text, versions, write_json
 from megadit.runtime.agreement import of_main, together
 from megadit.runtime.disk import replace_file
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """An OSError within becomes a ValueError that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"{error.filename or path} cannot be written: {error.strerror or error}") from error
+from megadit.sampling.folder import writing
+from megadit.sampling.picture import write_png
 
 
 def save_png(picture: Image.Image, path: Path) -> None:
     """Write a picture, whole whenever it is there; its folder is made."""
-    content = io.BytesIO()
-    picture.save(content, format="PNG")
-    with naming(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, content.getvalue())
+        write_png(picture, path)
 
 
 def settings_path(out: Path) -> Path:
@@ -74,7 +63,7 @@ def begin(out: Path, settings: Mapping[str, Any]) -> None:
             )
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty, and there is no {path} that says what it holds; {again}")
-    with naming(out):
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     write_json(path, {"settings": dict(settings), "versions": versions()})
 
@@ -123,7 +112,7 @@ def draw_geneval(painter: Painter, prompt_file: Path, out: Path, samples: int = 
     Raises ValueError for a file that holds no such prompts, a run that does not read text, and a folder of other
     settings.
     """
-    prompts = geneval.read_prompts(prompt_file)
+    prompts = of_main(lambda: geneval.read_prompts(prompt_file))
     painter.check_reads_text("GenEval")
     settings = _settings("geneval", painter, [prompt.line for prompt in prompts], samples)
     of_main(lambda: begin(out, settings))
@@ -137,7 +126,7 @@ def draw_geneval(painter: Painter, prompt_file: Path, out: Path, samples: int = 
         folder = geneval.prompt_folder(out, i)
         pictures = [open_rgb(geneval.sample_path(out, i, k)) for k in range(samples)]
         save_png(sheet(pictures, columns=2 if samples > 1 else 1), folder / geneval.GRID_FILE)
-        with naming(folder):
+        with writing(folder):
             replace_file(folder / geneval.METADATA_FILE, f"{prompts[i].line}\n".encode())
 
     texts = [prompt.text for prompt in prompts]
@@ -150,7 +139,7 @@ def draw_geneval(painter: Painter, prompt_file: Path, out: Path, samples: int = 
 
 def draw_dpg(painter: Painter, prompt_folder: Path, out: Path) -> dict[str, Any]:
     """Draw DPG-Bench's folder of grids; what was done, for JSON. Collective. Raises ValueError as `draw_geneval`."""
-    prompts = dpg.read_prompts(prompt_folder)
+    prompts = of_main(lambda: dpg.read_prompts(prompt_folder))
     painter.check_reads_text("DPG-Bench")
     names, texts = list(prompts), list(prompts.values())
     settings = _settings("dpg", painter, [f"{name} {text}" for name, text in prompts.items()], dpg.SAMPLES)

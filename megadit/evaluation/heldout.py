@@ -22,6 +22,7 @@ from megadit.diffusion.objective import ObjectiveConfig, corrupt, velocity_loss
 from megadit.evaluation.heldout_split import Share
 from megadit.runtime.agreement import gathered, together
 from megadit.runtime.seed import stream
+from megadit.sampling.folder import writing
 from megadit.training.restore import Sampler
 
 BINS = 10
@@ -167,7 +168,10 @@ def table(bins: Sequence[Bin]) -> list[str]:
 
 
 def save_plot(bins: Sequence[Bin], path: Path, title: str) -> None:
-    """A PNG: the loss of each bin with two standard errors. Raises ValueError where matplotlib is not installed."""
+    """A PNG: the loss of each bin with two standard errors.
+
+    Raises ValueError where matplotlib is not installed, and naming a file that cannot be written.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -183,5 +187,6 @@ def save_plot(bins: Sequence[Bin], path: Path, title: str) -> None:
     axes.set(xlabel="time t (0: image, 1: noise)", ylabel="held-out velocity loss", title=title, xlim=(0, 1))
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)

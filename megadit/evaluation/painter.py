@@ -7,46 +7,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from megadit.encoders.condition import Captions, FrozenCaptions
 from megadit.evaluation.images import to_rgb
 from megadit.sampling.generate import SampleConfig
-from megadit.training.encoded import Named
+from megadit.training.config import check_sizes
+from megadit.training.decoder import Decoder
 from megadit.training.restore import Sampler
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """What makes pixels of latents. cell: pixels along a cell's side; name: "" where latents are pixels."""
-
-    decode: Callable[[Tensor], Tensor]
-    cell: int = 1
-    name: str = ""
-
-    def latent_size(self, size: tuple[int, int] | None) -> tuple[int, int] | None:
-        """(height, width) in cells of a size in pixels. Raises ValueError for one that cells do not divide."""
-        if size is None:
-            return None
-        if size[0] % self.cell or size[1] % self.cell:
-            raise ValueError(f"--size {size[0]}x{size[1]} must be multiples of {self.cell} pixels")
-        return size[0] // self.cell, size[1] // self.cell
-
-
-def open_decoder(named: Named | None, device: torch.device) -> Decoder:
-    """That of an autoencoder on this machine; without one, latents are pixels. Raises ValueError if it is not there."""
-    if named is None:
-        return Decoder(lambda images_BCHW: images_BCHW)
-    from megadit.encoders.autoencoder import Autoencoder
-
-    autoencoder = Autoencoder.load(named.name, device, torch.float32, named.revision)
-    return Decoder(
-        lambda latents_BCHW: torch.cat([autoencoder.decode(each) for each in latents_BCHW.split(1)]),
-        autoencoder.downscale,
-        named.name,
-    )
 
 
 @dataclass(frozen=True)
@@ -60,6 +29,11 @@ class Painter:
     seed: int
     size: tuple[int, int] | None = None
     batch: int | None = None
+
+    @property
+    def latent_size(self) -> tuple[int, int] | None:
+        """In cells. Raises ValueError for a size that has no whole patches."""
+        return self.decoder.latent_size(self.size, self.sampler.config.model.patch)
 
     def turns(
         self,
@@ -77,7 +51,7 @@ class Painter:
             self.settings,
             self.seed,
             batch=self.batch,
-            size=self.decoder.latent_size(self.size),
+            size=self.latent_size,
             there=there,
             drawn=drawn,
         )
@@ -92,13 +66,15 @@ class Painter:
         return to_rgb(self.decoder.decode(images_BCHW))
 
     def check_shows(self) -> None:
-        """Raises ValueError for a run on latents without what decodes them."""
+        """Raises ValueError for a run on latents without what decodes them, and for a size that cannot be drawn."""
         channels = self.sampler.config.model.channels
         if not self.decoder.name and channels not in (1, 3):
             raise ValueError(
                 f"{self.directory}: the run draws latents of {channels} channels; name the autoencoder that decodes "
                 "them with --autoencoder"
             )
+        if self.latent_size:
+            check_sizes(self.sampler.config, [self.latent_size])
 
     def check_reads_text(self, benchmark: str) -> None:
         """Raises ValueError for a run whose prompts are no captions."""

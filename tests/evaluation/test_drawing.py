@@ -11,11 +11,12 @@ from PIL import Image
 
 from megadit.evaluation import drawing, geneval
 from megadit.evaluation.geneval_check import check_folder
-from megadit.evaluation.painter import Decoder, Painter, open_decoder
+from megadit.evaluation.painter import Painter
 from megadit.parallel.grid import ParallelConfig
 from megadit.runtime.launch import Process
 from megadit.sampling.picture import to_bytes
-from megadit.training.encoded import Named
+from megadit.training.config import RunConfig
+from megadit.training.decoder import Decoder, open_decoder
 from megadit.training.restore import open_sampler
 from tests.evaluation.test_geneval import LINES
 from tests.ranks import run_ranks, train_on
@@ -63,7 +64,7 @@ def prompt_folder(tmp_path_factory):
 def painter_of(rank, world_size, run, parallel, decoder=None, size=None, **settings):
     sampler = open_sampler(run, Process(rank, world_size, rank, torch.device("cpu")), parallel)
     how = sampler.config.sample.__class__(**{**sampler.config.sample.__dict__, **settings})
-    return Painter(run, sampler, decoder or Decoder(lambda images: images), how, 3, size, batch=2)
+    return Painter(run, sampler, decoder or Decoder(), how, 3, size, batch=2)
 
 
 def draw_geneval(rank, world_size, run, parallel, prompts, out, settings):
@@ -207,16 +208,15 @@ def test_a_folder_without_prompts_is_refused(files, message, tmp_path):
         read_prompts(folder)
 
 
-def test_latents_are_decoded_and_sizes_are_in_pixels(tmp_path):
+def test_latents_are_decoded(tmp_path):
     tiny.make_autoencoder(tmp_path / "vae", channels=4, downscale=2)
-    decoder = open_decoder(Named(str(tmp_path / "vae"), ""), torch.device("cpu"))
-    assert decoder.latent_size((8, 12)) == (4, 6)
-    with pytest.raises(ValueError, match="--size 7x8 must be multiples of 2 pixels"):
-        decoder.latent_size((7, 8))
-    config = SimpleNamespace(model=SimpleNamespace(channels=4))
+    decoder = open_decoder(RunConfig(), str(tmp_path / "vae"), torch.device("cpu"))
+    config = SimpleNamespace(model=SimpleNamespace(channels=4, patch=1))
     sampler = SimpleNamespace(config=config)
     pictures = Painter(tmp_path, sampler, decoder, None, 0).pictures(torch.randn(2, 4, 4, 6))
     assert [(one.mode, one.size) for one in pictures] == [("RGB", (12, 8))] * 2
     Painter(tmp_path, sampler, decoder, None, 0).check_shows()
     with pytest.raises(ValueError, match="draws latents of 4 channels; name the autoencoder"):
-        Painter(tmp_path, sampler, Decoder(lambda images: images), None, 0).check_shows()
+        Painter(tmp_path, sampler, Decoder(), None, 0).check_shows()
+    with pytest.raises(ValueError, match="--size 7x8 must be multiples of 2 pixels"):
+        Painter(tmp_path, sampler, decoder, None, 0, size=(7, 8)).check_shows()

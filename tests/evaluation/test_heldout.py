@@ -1,6 +1,7 @@
 """The held-out loss by time: every layout's is one process's, and it is what the network itself says."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -42,8 +43,9 @@ def trained(tmp_path_factory):
     return root
 
 
-def losses_of(rank, world_size, folder, parallel, batch=16, seed=0):
-    sampler = open_sampler(folder, Process(rank, world_size, rank, torch.device("cpu")), parallel)
+def losses_of(rank, world_size, folder, parallel, batch=16, seed=0, reads_prompts=True):
+    here = Process(rank, world_size, rank, torch.device("cpu"))
+    sampler = open_sampler(folder, here, parallel, reads_prompts=reads_prompts)
     return losses_by_bin(sampler, open_share(folder, sampler, batch), BINS, seed)
 
 
@@ -66,6 +68,17 @@ def test_every_image_is_in_every_bin(oracles):
     assert oracles["encoded"].shape == (BINS, 5 + 3 + 2)
     for losses in oracles.values():
         assert np.isfinite(losses).all() and len(np.unique(losses)) == losses.size
+
+
+def test_states_of_an_encoder_are_read_without_it(trained, oracles, tmp_path):
+    """As one that is trained with text.kind=t5 has no need of the encoder."""
+    folder = shutil.copytree(trained / "encoded", tmp_path / "run")
+    path = folder / "config.yaml"
+    path.write_text(path.read_text().replace("kind: precomputed", "kind: t5"))
+    for losses in run_ranks(losses_of, 2, folder, None, 16, 0, False):
+        np.testing.assert_allclose(losses, oracles["encoded"], rtol=1e-9, atol=0)
+    with pytest.raises(ValueError, match="text.t5 in .*config.yaml may name what reads the prompts"):
+        run_ranks(losses_of, 1, folder, None)
 
 
 def test_it_repeats_and_another_seed_is_other_noise(trained, oracles):
