@@ -20,10 +20,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -35,18 +34,31 @@ from megadit.evaluation.features import Extractor, open_extractor
 from megadit.evaluation.geneval_check import check_folder
 from megadit.evaluation.heldout_split import BATCH, heldout_prompts, open_share
 from megadit.evaluation.images import images_in
-from megadit.evaluation.painter import Painter, open_decoder
+from megadit.evaluation.painter import Painter
 from megadit.evaluation.results import check_judges, versions, write_json
 from megadit.evaluation.sets import add_all, drawn_features, file_features, heldout_features, of_drawn, of_files
 from megadit.parallel.grid import ParallelConfig
 from megadit.runtime.agreement import gathered, of_main, together
-from megadit.runtime.launch import LaunchError, Process, process_group
-from megadit.runtime.log import setup_logging
+from megadit.runtime.launch import Process
+from megadit.runtime.tool import run_tool
+from megadit.sampling.folder import check_writable
 from megadit.sampling.generate import SampleConfig
+from megadit.sampling.options import (
+    add_autoencoder,
+    add_batch,
+    add_drawing,
+    add_launcher,
+    add_layout,
+    add_size,
+    asked,
+    given,
+    positive,
+    spoken,
+)
 from megadit.sampling.prompts import read_prompts
-from megadit.training.config import CONFIG_FILE, check
-from megadit.training.encoded import Named, autoencoder_of
-from megadit.training.restore import Sampler, open_sampler
+from megadit.training.config import CONFIG_FILE
+from megadit.training.decoder import open_decoder
+from megadit.training.restore import PICTURES_PER_CALL, open_sampler
 
 Answer = tuple[dict[str, Any], list[str], Path]  # the result, what to print of it, and the JSON to write
 
@@ -75,44 +87,19 @@ the held-out captions, or of --prompts.""",
 good. Noise and times are the same at every call, for every run and every layout, so numbers of two runs on one data set
 can be compared.""",
 }
-SAMPLERS = get_args(get_type_hints(SampleConfig)["sampler"])
 PLACE = "a folder of images, or a run's folder"
-
-
-def positive(text: str) -> int:
-    """A whole number above 0, for argparse."""
-    number = int(text)
-    if number <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not more than 0")
-    return number
-
-
-def height_width(text: str) -> tuple[int, int]:
-    """Two sides as 256x320, for argparse."""
-    height, cross, width = text.partition("x")
-    if not (cross and height.isdecimal() and width.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text} is not of the form HEIGHTxWIDTH, such as 256x320")
-    return positive(height), positive(width)
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
-def open_run(args: argparse.Namespace, process: Process) -> Sampler:
-    """The run that is judged. Raises ValueError as `open_sampler`."""
-    return open_sampler(args.run, process, ParallelConfig(args.tensor, args.pipeline, args.expert))
-
-
 def open_painter(args: argparse.Namespace, process: Process) -> Painter:
     """The run that draws. Collective. Raises ValueError for a run, an autoencoder or a size that will not do."""
-    sampler = open_run(args, process)
-    given = {key: getattr(args, key) for key in ("sampler", "steps", "guidance") if getattr(args, key) is not None}
+    parallel, sample = asked(args, ParallelConfig()), given(args, SampleConfig)
+    sampler = open_sampler(args.run, process, parallel, sample=sample)
     with together():
-        named = Named(args.autoencoder, "") if args.autoencoder else autoencoder_of(sampler.config)
-        decoder = open_decoder(named, process.device)
-        settings = replace(sampler.config.sample, **given)
-        check(replace(sampler.config, sample=settings), process.world_size)
-        painter = Painter(args.run, sampler, decoder, settings, args.seed, args.size, args.batch)
+        decoder = open_decoder(sampler.config, args.autoencoder, process.device)
+        painter = Painter(args.run, sampler, decoder, sampler.config.sample, args.seed, args.size, args.batch)
         painter.check_shows()
     return painter
 
@@ -129,9 +116,11 @@ def run_dpg(args: argparse.Namespace, process: Process) -> Answer:
 
 
 def run_heldout(args: argparse.Namespace, process: Process) -> Answer:
-    sampler = open_run(args, process)
+    if args.plot:
+        of_main(partial(check_writable, args.plot))
+    sampler = open_sampler(args.run, process, asked(args, ParallelConfig()), reads_prompts=False)
     with together():
-        share = open_share(args.run, sampler, args.batch or BATCH)
+        share = open_share(args.run, sampler, args.batch)
     bar = partial(tqdm, desc="passes over the held-out images", dynamic_ncols=True, disable=not process.is_main)
     bins = heldout.summarise(heldout.losses_by_bin(sampler, share, args.bins, args.seed, bar), sampler.config.objective)
     settings = {"run": str(args.run), "step": sampler.step, "seed": args.seed, "dtype": sampler.config.run.dtype}
@@ -277,29 +266,19 @@ def run_summary(args: argparse.Namespace) -> int:
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def add_layout(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("layout: any, whatever the training had; data-parallel replicas are what is left")
-    for name in ("tensor", "pipeline", "expert"):
-        group.add_argument(f"--{name}", type=positive, default=1, help=f"degree of {name} parallelism (default: 1)")
-    group.add_argument("--batch", type=positive, help="images of a call on one rank, in whole routing groups")
-
-
-def add_drawing(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("drawing; by default as the run's section sample says")
-    group.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
-    group.add_argument("--steps", type=positive, help="sampling steps")
-    group.add_argument("--guidance", type=float, help="guidance scale, 1 is none")
-    group.add_argument("--sampler", choices=SAMPLERS, help="solver")
-    group.add_argument("--size", type=height_width, metavar="HxW", help="in pixels; default: the model's square")
-    group.add_argument("--autoencoder", help="folder of what decodes latents; default: that of the run's data")
-    add_layout(parser)
+def add_painting(parser: argparse.ArgumentParser) -> None:
+    """Options of commands that draw; see `open_painter`."""
+    group = add_drawing(parser)
+    add_size(group)
+    add_autoencoder(group)
+    add_batch(add_layout(parser), PICTURES_PER_CALL)
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python tools/evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    add_launcher(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, do: Callable[..., Any], alone: bool = False) -> argparse.ArgumentParser:
@@ -314,13 +293,13 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("--prompts", type=Path, required=True, help="GenEval's evaluation_metadata.jsonl")
     one.add_argument("--out", type=Path, required=True, help="the folder to draw into")
     one.add_argument("--samples", type=positive, default=geneval.SAMPLES, help="of each prompt (default: %(default)s)")
-    add_drawing(one)
+    add_painting(one)
 
     one = command("dpg", run_dpg)
     one.add_argument("run", type=Path, help="a run's folder; it must read text")
     one.add_argument("--prompts", type=Path, required=True, help="DPG-Bench's folder of files name.txt")
     one.add_argument("--out", type=Path, required=True, help="the folder to draw into")
-    add_drawing(one)
+    add_painting(one)
 
     one = command("check-geneval", run_check, alone=True)
     one.add_argument("folder", type=Path, help="the folder to check")
@@ -341,7 +320,7 @@ def make_parser() -> argparse.ArgumentParser:
         )
         one.add_argument("--samples", type=positive, help="of a run: pictures to draw; default: as many as held out")
         one.add_argument("--prompts", type=Path, help="of a run: captions, one a line; default: the held-out ones")
-        add_drawing(one)
+        add_painting(one)
     one.add_argument("--subsets", type=positive, default=SUBSETS, help="of kid (default: %(default)s)")
     one.add_argument(
         "--subset-size", type=positive, default=SUBSET_SIZE, help="images (default: %(default)s, if there)"
@@ -352,42 +331,36 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("--clip", type=Path, required=True, help="folder of a CLIPModel with its tokenizer")
     one.add_argument("--samples", type=positive, help="of a run: pictures to draw; default: as many as held out")
     one.add_argument("--prompts", type=Path, help="of a run: captions, one a line; default: the held-out ones")
-    add_drawing(one)
+    add_painting(one)
 
     one = command("heldout", run_heldout)
     one.add_argument("run", type=Path, help="a run's folder")
     one.add_argument("--bins", type=positive, default=heldout.BINS, help="of times (default: %(default)s)")
     one.add_argument("--seed", type=int, default=0, help="of noise and times (default: %(default)s)")
     one.add_argument("--plot", type=Path, help="a PNG of the losses by time")
-    add_layout(one)
+    add_batch(add_layout(one), BATCH)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
+    if not args.alone:
+        return run_tool("evaluate", partial(judge, args), spoken)
     try:
-        if args.alone:
-            return int(args.do(args))
-        with process_group() as process:
-            setup_logging(process.rank)
-            return judge(args, process)
-    except (LaunchError, ValueError) as error:
+        return int(args.do(args))
+    except ValueError as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2
 
 
-def judge(args: argparse.Namespace, process: Process) -> int:
-    """Do what is asked on this rank; rank 0 writes and prints. Returns the exit status."""
-    try:
-        result, lines, path = args.do(args, process)
-        of_main(lambda: write_json(path, result))
-    except ValueError as error:
-        if process.is_main:
-            print(f"evaluate: {error}", file=sys.stderr)
-        return 2
+def judge(args: argparse.Namespace, process: Process) -> None:
+    """Do what is asked; rank 0 writes and prints. Collective; raises ValueError on all ranks."""
+    if args.json:
+        of_main(partial(check_writable, args.json))
+    result, lines, path = args.do(args, process)
+    of_main(lambda: write_json(path, result))
     if process.is_main:
         print("\n".join([*lines[:-1], str(path), lines[-1]]))
-    return 0
 
 
 if __name__ == "__main__":

@@ -17,78 +17,47 @@ import argparse
 import importlib.util
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from megadit.parallel.grid import ParallelConfig
-from megadit.runtime.agreement import of_main
-from megadit.runtime.launch import Process, process_group
-from megadit.runtime.log import setup_logging
+from megadit.runtime.agreement import of_main, together
+from megadit.runtime.launch import Process
+from megadit.runtime.tool import run_tool
 from megadit.sampling.evenness import Row, printed, table, write_csv, write_json
+from megadit.sampling.folder import writing
 from megadit.sampling.generate import SampleConfig
 from megadit.sampling.heatmap import ALPHA, Scene, decoded, save_animation, sheet, spread_steps
+from megadit.sampling.options import (
+    add_autoencoder,
+    add_drawing,
+    add_launcher,
+    add_layout,
+    add_size,
+    asked,
+    given,
+    positive,
+    spoken,
+)
 from megadit.sampling.routing import BRANCHES, Branch, Trace, check_experts, recorded
-from megadit.training.encoded import Named, autoencoder_of
+from megadit.training.decoder import Decoder, open_decoder
 from megadit.training.restore import Sampler, open_sampler
 
 ANIMATIONS = ("gif", "webp", "apng", "none")
-SAMPLERS = get_args(get_type_hints(SampleConfig)["sampler"])
+BRANCH = """the maps with the prompt, those without it (which guidance steers away from), or by how many experts a patch
+has more with it than without (default: %(default)s)"""
 
 
-def positive(text: str) -> int:
-    """A whole number above 0, for argparse."""
-    number = int(text)
-    if number <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not more than 0")
-    return number
-
-
-def height_width(text: str) -> tuple[int, int]:
-    """Two sides as 256x320, for argparse."""
-    height, cross, width = text.partition("x")
-    if not (cross and height.isdecimal() and width.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text} is not of the form HEIGHTxWIDTH, such as 256x320")
-    return positive(height), positive(width)
-
-
-def numbers(text: str) -> list[int]:
+def layer_numbers(text: str) -> list[int]:
     """Numbers of layers as 1,3,5, for argparse."""
     if not all(part.strip().isdecimal() for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"{text} is not of the form 1,3,5: numbers of layers, counted from 0")
     return [int(part) for part in text.split(",")]
-
-
-class Decoder(NamedTuple):
-    """What makes pixels of latents. cell: pixels along one side of a latent's cell."""
-
-    decode: Callable[[Tensor], Tensor]
-    cell: int
-
-    def latent_size(self, size: tuple[int, int] | None, patch: int) -> tuple[int, int] | None:
-        """Raises ValueError for a size that cells and patches do not divide."""
-        if size is None:
-            return None
-        step = self.cell * patch
-        if size[0] % step or size[1] % step:
-            raise ValueError(f"--size {size[0]}x{size[1]} must be multiples of {step} pixels")
-        return size[0] // self.cell, size[1] // self.cell
-
-
-def open_decoder(named: Named | None, device: torch.device, online: bool) -> Decoder:
-    """That of an autoencoder; without one, latents are pixels. Raises ValueError if it is not there."""
-    if named is None:
-        return Decoder(lambda images_BCHW: images_BCHW, 1)
-    from megadit.encoders.autoencoder import Autoencoder  # seconds
-
-    autoencoder = Autoencoder.load(named.name, device, torch.float32, named.revision, online)
-    return Decoder(lambda latents_BCHW: autoencoder.decode(latents_BCHW.to(device)), autoencoder.downscale)
 
 
 class Files(NamedTuple):
@@ -124,70 +93,94 @@ class Drawing(NamedTuple):
     frames_SCHW: Tensor
 
 
-def draw(
-    sampler: Sampler, prompt: str, settings: SampleConfig, seed: int, size: tuple[int, int] | None, quiet: bool
-) -> Drawing:
+def draw(sampler: Sampler, prompt: str, seed: int, size: tuple[int, int] | None, quiet: bool) -> Drawing:
     """Draw one picture and record it. Collective over the model's ranks."""
     with recorded(sampler.pipeline) as recording:
         bar = partial(tqdm, desc="drawing", unit="step", dynamic_ncols=True, disable=quiet)
-        image_CHW = sampler.draw([prompt], settings, seed, progress=recording.steps(bar), size=size)[0]
+        progress = recording.steps(bar)
+        image_CHW = sampler.draw([prompt], sampler.config.sample, seed, progress=progress, size=size)[0]
     trace = recording.trace(images=sampler.group)
     began_SCHW = trace.x_NBCHW[trace.firsts, 0]
     return Drawing(trace, torch.cat([began_SCHW, image_CHW[None].to(began_SCHW.device, began_SCHW.dtype)]))
 
 
-def chosen_layers(trace: Trace, asked: list[int] | None) -> list[int]:
-    """Places in trace.layers. Raises ValueError for a layer without experts."""
-    for layer in asked or []:
+def chosen_layers(trace: Trace, wanted: list[int] | None) -> list[int]:
+    """Places in trace.layers of the wanted ones, None: all. Raises ValueError for a layer without experts."""
+    for layer in wanted or []:
         if layer not in trace.layers:
             known = ", ".join(map(str, trace.layers))
             raise ValueError(f"--layers {layer}: that layer has no experts; those of this run have: {known}")
-    return [i for i, layer in enumerate(trace.layers) if not asked or layer in asked]
+    return [i for i, layer in enumerate(trace.layers) if not wanted or layer in wanted]
+
+
+def counted(branch: Branch) -> Branch:
+    """The branch whose numbers go into the table: a difference has none of its own."""
+    return "unconditional" if branch == "unconditional" else "conditional"
 
 
 def rows_of(trace: Trace, places: list[int], branch: Branch) -> list[Row]:
-    """The table of some layers; a difference has none of its own, so that of the conditional branch."""
+    """The table of some layers."""
     layers = [trace.layers[i] for i in places]
-    maps_SLT = trace.maps("unconditional" if branch == "unconditional" else "conditional")[:, places]
-    return table(maps_SLT, layers, trace.maps("difference")[:, places] if trace.is_guided else None)
+    difference_SLT = trace.maps("difference")[:, places] if trace.is_guided else None
+    return table(trace.maps(counted(branch))[:, places], layers, difference_SLT)
 
 
 def write(drawing: Drawing, decoder: Decoder, args: argparse.Namespace, settings: SampleConfig, files: Files) -> None:
-    """All files, and the table on stdout."""
-    trace, branch = drawing.trace, args.branch
-    places = chosen_layers(trace, args.layers)
-    maps_SLT, rows = trace.maps(branch)[:, places], rows_of(trace, places, branch)
-    bar = partial(tqdm, dynamic_ncols=True, total=len(drawing.frames_SCHW))
-    how = f"{settings.sampler}, {settings.steps} steps, guidance {settings.guidance:g}, seed {args.seed}"
-    scene = Scene(
-        maps_SLT=maps_SLT,
-        layers=[trace.layers[i] for i in places],
-        times=[trace.times[i] for i in trace.firsts],
-        grid=trace.grid,
-        experts=trace.experts,
-        branch=branch,
-        frames=decoded(drawing.frames_SCHW, decoder.decode, partial(bar, desc="decoding", unit="picture")),
-        title=f"“{args.prompt}”",
-        about=f"{args.run.name}: {how}; {branch} branch",
-        alpha=1.0 if args.plain else ALPHA,
-    )
-    notes = {row.layer: f"up to {row.evenness.most:.0f} of {trace.experts}\ncv {row.evenness.cv:.2f}" for row in rows}
-    shown = spread_steps(len(scene.times), args.steps_shown)
-    sheet(scene, shown, [notes[layer] for layer in scene.layers])[0].save(files.sheet)
-    if files.animation is not None:
-        save_animation(scene, files.animation, partial(bar, desc="animation", unit="frame"))
-    about: dict[str, Any] = {"prompt": args.prompt, "seed": args.seed, "branch": branch, "sample": vars(settings)}
-    about |= {"experts": trace.experts, "grid": trace.grid}
-    write_csv(rows, files.csv)
-    base = trace.maps("unconditional" if branch == "unconditional" else "conditional")[:, places]
-    write_json(rows, base, scene.layers, scene.times, about, files.json)
+    """All files, and the table on stdout. Raises ValueError naming a file that cannot be written."""
+    places = chosen_layers(drawing.trace, args.layers)
+    rows = rows_of(drawing.trace, places, args.branch)
+    with writing(files.sheet):
+        write_figures(scene_of(drawing, places, decoder, args, settings), rows, args.steps_shown, files)
+        write_numbers(drawing.trace, places, rows, args, settings, files)
     print(printed(rows))
     for path in files:
         if path is not None:
             print(path)
 
 
-def parsed() -> argparse.Namespace:
+def scene_of(
+    drawing: Drawing, places: list[int], decoder: Decoder, args: argparse.Namespace, settings: SampleConfig
+) -> Scene:
+    """What the figures show, decoded."""
+    trace, frames_SCHW = drawing.trace, drawing.frames_SCHW
+    bar = partial(tqdm, desc="decoding", unit="picture", dynamic_ncols=True, total=len(frames_SCHW))
+    how = f"{settings.sampler}, {settings.steps} steps, guidance {settings.guidance:g}, seed {args.seed}"
+    return Scene(
+        maps_SLT=trace.maps(args.branch)[:, places],
+        layers=[trace.layers[i] for i in places],
+        times=[trace.times[i] for i in trace.firsts],
+        grid=trace.grid,
+        experts=trace.experts,
+        branch=args.branch,
+        frames=decoded(frames_SCHW, decoder.decode, bar),
+        title=f"“{args.prompt}”",
+        about=f"{args.run.name}: {how}; {args.branch} branch",
+        alpha=1.0 if args.plain else ALPHA,
+    )
+
+
+def write_figures(scene: Scene, rows: list[Row], columns: int, files: Files) -> None:
+    """The sheet, with so many steps, and the animation."""
+    notes = {row.layer: f"up to {row.evenness.most:.0f} of {scene.experts}\ncv {row.evenness.cv:.2f}" for row in rows}
+    shown = spread_steps(len(scene.times), columns)
+    sheet(scene, shown, [notes[layer] for layer in scene.layers])[0].save(files.sheet)
+    if files.animation is not None:
+        bar = partial(tqdm, desc="animation", unit="frame", dynamic_ncols=True, total=len(scene.frames))
+        save_animation(scene, files.animation, bar)
+
+
+def write_numbers(
+    trace: Trace, places: list[int], rows: list[Row], args: argparse.Namespace, settings: SampleConfig, files: Files
+) -> None:
+    """The table, and the maps of every step."""
+    about: dict[str, Any] = {"prompt": args.prompt, "seed": args.seed, "branch": args.branch, "sample": vars(settings)}
+    about |= {"experts": trace.experts, "grid": trace.grid}
+    write_csv(rows, files.csv)
+    layers, times = [trace.layers[i] for i in places], [trace.times[i] for i in trace.firsts]
+    write_json(rows, trace.maps(counted(args.branch))[:, places], layers, times, about, files.json)
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument(
@@ -197,63 +190,48 @@ def parsed() -> argparse.Namespace:
         "--out", type=Path, help="a PNG, beside which the rest is written, or a folder; default: the run's folder"
     )
     parser.add_argument("--branch", choices=BRANCHES, default="conditional", help=BRANCH)
-    parser.add_argument("--layers", type=numbers, help="such as 1,3: the layers shown; default: all that have experts")
+    parser.add_argument(
+        "--layers", type=layer_numbers, help="such as 1,3: the layers shown; default: all that have experts"
+    )
     parser.add_argument(
         "--steps-shown", type=positive, default=5, help="columns of the sheet beside the mean (default: %(default)s)"
     )
     parser.add_argument("--plain", action="store_true", help="colours alone, not over the picture")
     parser.add_argument("--animation", choices=ANIMATIONS, default="gif", help="its kind (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
-    parser.add_argument("--steps", type=positive, help="sampling steps; default: the run's sample.steps")
-    parser.add_argument("--guidance", type=float, help="guidance scale, 1 is none; default: the run's sample.guidance")
-    parser.add_argument("--sampler", choices=SAMPLERS, help="default: the run's sample.sampler")
-    parser.add_argument("--size", type=height_width, metavar="HxW", help="in pixels; default: the model's square")
-    parser.add_argument("--autoencoder", help="that decodes, by name or folder; default: that of the run's data")
-    parser.add_argument("--online", action="store_true", help="download encoders that are not on this machine")
-    for name, what in (("tensor", "heads"), ("pipeline", "layers"), ("expert", "experts")):
-        told = f"ranks that the {what} are cut over (default: %(default)s)"
-        parser.add_argument(f"--{name}", type=positive, default=1, help=told)
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    add_launcher(parser)
+    group = add_drawing(parser)
+    add_size(group)
+    add_autoencoder(group)
+    group.add_argument("--online", action="store_true", help="download encoders that are not on this machine")
+    add_layout(parser)
     return parser.parse_args()
 
 
-BRANCH = """the maps with the prompt, those without it (which guidance steers away from), or by how many experts a patch
-has more with it than without (default: %(default)s)"""
-
-
-def drawn_and_written(args: argparse.Namespace, process: Process) -> None:
-    """Everything. Collective over the world; rank 0 writes. Raises ValueError for what the user can change."""
+def run(args: argparse.Namespace, process: Process) -> None:
+    """Everything. Collective over the world; rank 0 writes. Raises ValueError, on all ranks, for what the user can
+    change.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("the figures need matplotlib: pip install -e '.[plots]'")
     files = Files.of(args.out or args.run, args.animation)
-    parallel = ParallelConfig(tensor=args.tensor, pipeline=args.pipeline, expert=args.expert)
-    sampler = open_sampler(args.run, process, parallel, args.online)
+    parallel, sample = asked(args, ParallelConfig()), given(args, SampleConfig)
+    sampler = open_sampler(args.run, process, parallel, args.online, sample=sample)
     config = sampler.config
     check_experts(config.model)
-    autoencoder = Named(args.autoencoder, "") if args.autoencoder else autoencoder_of(config)
-    decoder = open_decoder(autoencoder, process.device, args.online)
-    given = {key: getattr(args, key) for key in ("sampler", "steps", "guidance")}
-    settings = replace(config.sample, **{key: value for key, value in given.items() if value is not None})
+    with together():
+        decoder = open_decoder(config, args.autoencoder, process.device, args.online)
+        size = decoder.latent_size(args.size, config.model.patch)
+    sampler.check([args.prompt])
     of_main(files.prepare)
-    size = decoder.latent_size(args.size, config.model.patch)
-    drawing = draw(sampler, args.prompt, settings, args.seed, size, quiet=not process.is_main)
+    drawing = draw(sampler, args.prompt, args.seed, size, quiet=not process.is_main)
     chosen_layers(drawing.trace, args.layers)  # a fault that all ranks see
     drawing.trace.maps(args.branch)
-    if process.is_main:
-        write(drawing, decoder, args, settings, files)
+    of_main(partial(write, drawing, decoder, args, config.sample, files))
 
 
 def main() -> int:
-    args = parsed()
-    with process_group() as process:
-        setup_logging(process.rank)
-        try:
-            drawn_and_written(args, process)
-        except ValueError as error:
-            if process.is_main:
-                print(f"heatmap: {error}", file=sys.stderr)
-            return 2
-    return 0
+    args = arguments()
+    return run_tool("heatmap", partial(run, args), spoken)
 
 
 if __name__ == "__main__":

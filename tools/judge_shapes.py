@@ -13,19 +13,27 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from megadit.data.shapes.scene import TASKS
-from megadit.runtime.disk import replace_file
-from megadit.runtime.launch import process_group
-from megadit.runtime.log import setup_logging
+from megadit.evaluation.results import write_json
+from megadit.parallel.grid import ParallelConfig
+from megadit.runtime.agreement import of_main
+from megadit.runtime.launch import Process
+from megadit.runtime.tool import run_tool
+from megadit.sampling.folder import check_writable, writing
+from megadit.sampling.generate import SampleConfig
+from megadit.sampling.options import add_batch, add_drawing, add_launcher, add_layout, asked, given, positive, spoken
 from megadit.sampling.picture import save_grid
 from megadit.study.record import SCORE_FILE
-from megadit.study.scoring import asks, score
+from megadit.study.scoring import Ask, asks, score
 from megadit.training.restore import Sampler, open_sampler
 
 PICTURES_PER_CALL = 60
@@ -43,69 +51,93 @@ def summary(result: dict[str, Any]) -> list[str]:
     return [*lines, f"score: {result['score']:.3f}{heldout}"]
 
 
-def shapes_sampler(run: Path, process: Any) -> Sampler:
+def show(path: Path) -> int:
+    """Print an earlier result; the exit status."""
+    try:
+        print("\n".join(summary(json.loads(path.read_text()))))
+    except (OSError, ValueError, KeyError) as error:
+        print(f"judge_shapes: {path}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def shapes_sampler(args: argparse.Namespace, process: Process) -> Sampler:
     """Raises ValueError for a run on other data."""
-    sampler = open_sampler(run, process)
-    if sampler.config.data.kind != "shapes":
-        raise ValueError(f"{run} is a run on data.kind={sampler.config.data.kind}, and this judge reads shapes alone")
+    sampler = open_sampler(args.run, process, asked(args, ParallelConfig()), sample=given(args, SampleConfig))
+    kind = sampler.config.data.kind
+    if kind != "shapes":
+        raise ValueError(f"{args.run} is a run on data.kind={kind}, and this judge reads shapes alone")
     return sampler
 
 
-def main() -> int:
+def run(args: argparse.Namespace, out: Path, process: Process) -> None:
+    """Draw, judge, write and print. Collective; raises ValueError on all ranks."""
+    for path in (out, args.sheet):
+        if path:
+            of_main(partial(check_writable, path))
+    sampler = shapes_sampler(args, process)
+    settings = sampler.config.sample
+    wanted = asks(sampler.config.data.tasks or TASKS, args.trained, args.heldout)
+    with tqdm(total=len(wanted), desc="pictures", dynamic_ncols=True, disable=not process.is_main) as bar:
+        drawn_NCHW = sampler.draw_all(
+            [ask.prompt for ask in wanted],
+            settings,
+            args.seed,
+            batch=args.batch,
+            drawn=lambda pictures: bar.update(len(pictures)),
+        )
+
+    def judged() -> None:
+        result = score(drawn_NCHW, wanted) | {"step": sampler.step, "seed": args.seed, "sample": asdict(settings)}
+        write_json(out, result)
+        if args.sheet:
+            write_sheet(drawn_NCHW, wanted, args.sheet)
+        print("\n".join(summary(result)))
+
+    of_main(judged)
+
+
+def write_sheet(drawn_NCHW: Tensor, wanted: Sequence[Ask], path: Path) -> None:
+    """Pictures of combinations that training shows, of all tasks. Raises ValueError naming a file that cannot be
+    written.
+    """
+    first = [i for i, ask in enumerate(wanted) if ask.kind == "trained"]
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_grid(drawn_NCHW[first[:: max(1, len(first) // SHEET)][:SHEET]], path, columns=12, zoom=2)
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument(
-        "--trained", type=int, default=100, help="pictures per task of combinations that training shows"
+        "--trained",
+        type=positive,
+        default=100,
+        help="pictures per task of combinations that training shows (default: %(default)s)",
     )
-    parser.add_argument("--heldout", type=int, default=40, help="pictures per task of held-out combinations")
-    parser.add_argument("--seed", type=int, default=1, help="of the noise (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="sampling steps; default: the run's sample.steps")
-    parser.add_argument("--guidance", type=float, help="guidance scale; default: the run's sample.guidance")
+    parser.add_argument(
+        "--heldout",
+        type=int,
+        default=40,
+        help="pictures per task of combinations that it never does, 0 is none (default: %(default)s)",
+    )
     parser.add_argument("--out", type=Path, help=f"the JSON to write; default: {SCORE_FILE} in the run's folder")
     parser.add_argument("--sheet", type=Path, help="a PNG of the first pictures of each task")
     parser.add_argument("--show", action="store_true", help="print an earlier result instead of judging again")
+    add_launcher(parser)
+    add_drawing(parser, seed=1)
+    add_batch(add_layout(parser), PICTURES_PER_CALL)
     args = parser.parse_args()
-    for option in ("trained", "heldout"):
-        if getattr(args, option) < (option == "trained"):
-            parser.error(f"--{option} {getattr(args, option)} is too few")
+    if args.heldout < 0:
+        parser.error(f"--heldout {args.heldout} is less than 0")
+    return args
+
+
+def main() -> int:
+    args = arguments()
     out = args.out or args.run / SCORE_FILE
-    if args.show:
-        try:
-            print("\n".join(summary(json.loads(out.read_text()))))
-        except (OSError, ValueError, KeyError) as error:
-            print(f"judge_shapes: {out}: {error}", file=sys.stderr)
-            return 2
-        return 0
-    with process_group() as process:
-        setup_logging(process.rank)
-        try:
-            sampler = shapes_sampler(args.run, process)
-        except ValueError as error:
-            if process.is_main:
-                print(f"judge_shapes: {error}", file=sys.stderr)
-            return 2
-        tasks = sampler.config.data.tasks or TASKS
-        asked = asks(tasks, args.trained, args.heldout)
-        settings = replace(
-            sampler.config.sample,
-            **{key: value for key in ("steps", "guidance") if (value := getattr(args, key)) is not None},
-        )
-        with tqdm(total=len(asked), desc="pictures", dynamic_ncols=True, disable=not process.is_main) as bar:
-            drawn = sampler.draw_all(
-                [ask.prompt for ask in asked],
-                settings,
-                args.seed,
-                batch=PICTURES_PER_CALL,
-                drawn=lambda pictures: bar.update(len(pictures)),
-            )
-    if process.is_main:
-        result = score(drawn, asked) | {"step": sampler.step, "seed": args.seed, "sample": asdict(settings)}
-        replace_file(out, (json.dumps(result, indent=2) + "\n").encode())
-        if args.sheet:
-            first = [i for i, ask in enumerate(asked) if ask.kind == "trained"]
-            save_grid(drawn[first[:: max(1, len(first) // SHEET)][:SHEET]], args.sheet, columns=12, zoom=2)
-        print("\n".join(summary(result)))
-    return 0
+    return show(out) if args.show else run_tool("judge_shapes", partial(run, args, out), spoken)
 
 
 if __name__ == "__main__":

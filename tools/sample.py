@@ -29,13 +29,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,16 +44,28 @@ from megadit.data.loader import open_dataset
 from megadit.data.stored import numbers
 from megadit.encoders.condition import Condition
 from megadit.parallel.grid import ParallelConfig
-from megadit.runtime.agreement import gathered, of_main, together
-from megadit.runtime.launch import LaunchError, Process, process_group
-from megadit.runtime.log import setup_logging
+from megadit.runtime.agreement import of_main, together
+from megadit.runtime.launch import Process
+from megadit.runtime.tool import run_tool
 from megadit.sampling.folder import PictureFolder, check_writable, writing
 from megadit.sampling.generate import SampleConfig
+from megadit.sampling.options import (
+    add_autoencoder,
+    add_batch,
+    add_drawing,
+    add_launcher,
+    add_layout,
+    add_size,
+    asked,
+    given,
+    positive,
+    spoken,
+)
 from megadit.sampling.picture import save_grid
 from megadit.sampling.prompts import read_prompts
-from megadit.training.config import CONFIG_FILE, RunConfig, check, check_sizes, load_config
-from megadit.training.encoded import Named, autoencoder_of
-from megadit.training.restore import PICTURES_PER_CALL, Sampler, as_drawn, open_sampler
+from megadit.training.config import RunConfig, check_sizes
+from megadit.training.decoder import Decoder, open_decoder
+from megadit.training.restore import PICTURES_PER_CALL, Sampler, open_sampler, read_drawn
 from megadit.training.trained_sizes import untrained_size
 
 logger = logging.getLogger("megadit")
@@ -63,52 +74,11 @@ PROMPTS = """what to draw: captions, or numbers of classes if the run is conditi
 default: the data set's held-out ones"""
 
 
-def spoken(message: str) -> str:
-    """A message about a run's configuration, in the words of this tool's options.
-
-    >>> spoken("parallel.tensor=3 does not divide model.heads=4; use 1, 2 or 4")
-    '--tensor 3 does not divide model.heads=4; use 1, 2 or 4'
-    >>> spoken("parallel.tensor=2 x pipeline=1 x expert=2 = 4 does not divide the 3 processes that were started")
-    '--tensor 2 x --pipeline 1 x --expert 2 = 4 does not divide the 3 processes that were started'
-    >>> spoken("which parallel.tensor=2 does not divide; use parallel.sequence=false, or another size")
-    'which --tensor 2 does not divide; use no --sequence, or another size'
-    """
-
-    def option(match: re.Match[str]) -> str:
-        name = "--" + match["name"].replace("_", "-")
-        return f"{name} " if match["equals"] else name
-
-    message = message.replace("parallel.sequence=false", "no --sequence")
-    message = re.sub(r"(?<= x )(?P<name>pipeline|expert)(?P<equals>=)", option, message)
-    return re.sub(r"\b(?:parallel|sample)\.(?P<name>\w+)(?P<equals>=?)", option, message)
-
-
-def positive(text: str) -> int:
-    """A whole number above 0, for argparse."""
-    number = int(text)
-    if number <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not more than 0")
-    return number
-
-
-def height_width(text: str) -> tuple[int, int]:
-    """Two sides as 256x320, for argparse."""
-    height, cross, width = text.partition("x")
-    if not (cross and height.isdecimal() and width.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text} is not of the form HEIGHTxWIDTH, such as 256x320")
-    return positive(height), positive(width)
-
-
-def choices(kind: type, name: str) -> tuple[str, ...]:
-    """What a field of a configuration can be."""
-    return get_args(get_type_hints(kind)[name])
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("prompts", nargs="*", help=PROMPTS)
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    add_launcher(parser)
 
     what = parser.add_argument_group("what to draw")
     what.add_argument(
@@ -118,16 +88,8 @@ def arguments() -> argparse.Namespace:
         "--count", type=positive, default=40, help="pictures when no prompt is given (default: %(default)s)"
     )
     what.add_argument("--repeat", type=positive, default=1, help="pictures of each prompt (default: %(default)s)")
-    what.add_argument(
-        "--seed", type=int, default=0, help="of the noise: a picture's is that of seed and index (default: %(default)s)"
-    )
-    what.add_argument("--size", type=height_width, metavar="HxW", help="in pixels; default: the model's square")
 
-    # Options of the names of SampleConfig's fields: `settings_of` finds them.
-    how = parser.add_argument_group("how to draw it")
-    how.add_argument("--steps", type=positive, help="sampling steps; default: the run's sample.steps")
-    how.add_argument("--guidance", type=float, help="guidance scale, 1 is none; default: the run's sample.guidance")
-    how.add_argument("--sampler", choices=choices(SampleConfig, "sampler"), help="default: the run's sample.sampler")
+    add_size(add_drawing(parser))
 
     where = parser.add_argument_group("where it is written")
     where.add_argument("--out", type=Path, help="the grid, a PNG; default: samples.png in the run's folder")
@@ -141,28 +103,10 @@ def arguments() -> argparse.Namespace:
     )
     where.add_argument("--overwrite", action="store_true", help="draw all of --folder again, whatever is there")
 
-    # Options of the names of ParallelConfig's fields: `parallel_of` finds them.
-    layout = parser.add_argument_group("on how many processes; they are tensor x pipeline x expert x data")
-    layout.add_argument("--tensor", type=positive, help="ranks that a layer's heads are cut over (default: 1)")
-    layout.add_argument("--sequence", action="store_true", default=None, help="cut tokens over them, too")
-    layout.add_argument("--pipeline", type=positive, help="ranks that the layers are cut over (default: 1)")
-    layout.add_argument("--schedule", choices=choices(ParallelConfig, "schedule"), help="of a pipeline (default: 1f1b)")
-    layout.add_argument(
-        "--stages-per-rank",
-        type=positive,
-        help="slices of the layers on a rank, if interleaved (default: 2)",
-    )
-    layout.add_argument("--expert", type=positive, help="ranks that the experts are cut over (default: 1)")
-    layout.add_argument(
-        "--batch",
-        type=positive,
-        default=PICTURES_PER_CALL,
-        help="pictures that a data-parallel replica draws at a time, whole groups of those that are routed together; "
-        "guidance doubles what the network sees (default: %(default)s)",
-    )
+    add_batch(add_layout(parser), PICTURES_PER_CALL)
 
     encoders = parser.add_argument_group("encoders")
-    encoders.add_argument("--autoencoder", help="that decodes, by name or folder; default: that of the run's data")
+    add_autoencoder(encoders)
     encoders.add_argument("--online", action="store_true", help="download encoders that are not on this machine")
     args = parser.parse_intermixed_args()
     if args.prompts and args.prompts_file:
@@ -172,15 +116,6 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-Options = TypeVar("Options", SampleConfig, ParallelConfig)
-
-
-def asked(args: argparse.Namespace, default: Options) -> Options:
-    """A configuration with each field as the option of its name says, where that is given."""
-    given = {field.name: getattr(args, field.name, None) for field in fields(default)}
-    return replace(default, **{name: value for name, value in given.items() if value is not None})
-
-
 def default_prompts(config: RunConfig, condition: Condition, count: int) -> list[str]:
     """Held-out captions or classes. Raises ValueError where the data has only what encoders made of its captions."""
     if config.data.kind != "shards":
@@ -188,61 +123,22 @@ def default_prompts(config: RunConfig, condition: Condition, count: int) -> list
     return numbers(condition, count)
 
 
-class Decoder(NamedTuple):
-    """What makes pixels of latents. cell: pixels along one side of a latent's cell. name: the autoencoder's."""
-
-    decode: Callable[[Tensor], Tensor]
-    cell: int
-    name: str
-
-    def latent_size(self, size: tuple[int, int] | None, patch: int) -> tuple[int, int] | None:
-        """Raises ValueError for a size that cells and patches do not divide."""
-        if size is None:
-            return None
-        step = self.cell * patch
-        if size[0] % step or size[1] % step:
-            raise ValueError(f"--size {size[0]}x{size[1]} must be multiples of {step} pixels")
-        return size[0] // self.cell, size[1] // self.cell
-
-
-def open_decoder(named: Named | None, device: torch.device, online: bool) -> Decoder:
-    """That of an autoencoder; without one, latents are pixels. Raises ValueError if it is not there."""
-    if named is None:
-        return Decoder(lambda images_BCHW: images_BCHW, 1, "")
-    from megadit.encoders.autoencoder import Autoencoder
-
-    autoencoder = Autoencoder.load(named.name, device, torch.float32, named.revision, online)
-    return Decoder(
-        lambda latents_BCHW: torch.cat([autoencoder.decode(each) for each in latents_BCHW.split(1)]),
-        autoencoder.downscale,
-        named.name,
-    )
-
-
-def named_autoencoder(config: RunConfig, asked_for: str | None) -> Named | None:
-    """The one that is asked for, else the run's; None where latents are pixels. Raises ValueError if nothing says which
-    that is.
-    """
-    if asked_for:
-        return Named(asked_for, "")
-    try:
-        return autoencoder_of(config)
-    except ValueError as error:
-        raise ValueError(f"{error}; without it, name what decodes pictures with --autoencoder") from error
-
-
 @dataclass(frozen=True)
 class Job:
     """Everything that is known before a picture is drawn, the same on every rank."""
 
+    run: Path
     sampler: Sampler
     decoder: Decoder
-    settings: SampleConfig
     prompts: list[str]
     seed: int
     size: tuple[int, int] | None  # in latent cells
     batch: int
     is_main: bool
+
+    @property
+    def settings(self) -> SampleConfig:
+        return self.sampler.config.sample
 
     def bar(self) -> tqdm:
         """Of pictures, all ranks' together; on the main process alone."""
@@ -258,6 +154,7 @@ class Job:
         """What pictures depend on, beside prompts, seed and index: JSON."""
         size = self.size or self.sampler.image_shape[1:]
         return {
+            "run": str(self.run),
             "step": self.sampler.step,
             "height": size[0] * self.decoder.cell,
             "width": size[1] * self.decoder.cell,
@@ -268,28 +165,25 @@ class Job:
 
 def prepare(args: argparse.Namespace, process: Process) -> Job:
     """Read and check everything. Collective; raises ValueError on all ranks, for a layout before anything is loaded."""
-    parallel = asked(args, ParallelConfig())
+    parallel, sample = asked(args, ParallelConfig()), given(args, SampleConfig)
     with together():
-        trained = load_config(args.run / CONFIG_FILE)
-        settings = asked(args, trained.sample)
-        config = as_drawn(replace(trained, sample=settings), process.world_size, parallel)
-        check(config, process.world_size)
+        config = read_drawn(args.run, process.world_size, parallel, sample)
     prompts = of_main(lambda: read_prompts(args.prompts_file) if args.prompts_file else args.prompts)
     for path in (args.folder, grid_path(args)):
         if path:
             of_main(partial(check_writable, path))
     with together():
-        decoder = open_decoder(named_autoencoder(config, args.autoencoder), process.device, args.online)
+        decoder = open_decoder(config, args.autoencoder, process.device, args.online)
         size = decoder.latent_size(args.size, config.model.patch)
         check_sizes(config, [size] if size else [])
-    sampler = open_sampler(args.run, process, parallel, args.online)
+    sampler = open_sampler(args.run, process, parallel, args.online, sample=sample)
     prompts = prompts or of_main(lambda: default_prompts(sampler.config, sampler.condition, args.count))
     warning = of_main(lambda: untrained_size(config, size, decoder.cell))
     if warning:
         logger.warning("%s", warning)
     prompts = [prompt for prompt in prompts for _ in range(args.repeat)]
     sampler.check(prompts)
-    return Job(sampler, decoder, settings, prompts, args.seed, size, args.batch, process.is_main)
+    return Job(args.run, sampler, decoder, prompts, args.seed, size, args.batch, process.is_main)
 
 
 def grid_path(args: argparse.Namespace) -> Path | None:
@@ -358,20 +252,7 @@ def run(args: argparse.Namespace, process: Process) -> None:
 
 def main() -> int:
     args = arguments()
-    try:
-        with process_group() as process:
-            setup_logging(process.rank)
-            try:
-                run(args, process)
-            except ValueError as error:
-                if process.is_main:
-                    print(f"sample: {spoken(str(error))}", file=sys.stderr, flush=True)
-                gathered(None)  # launchers end everyone when the first process exits, so exit after the message
-                return 2
-    except LaunchError as error:
-        print(f"sample: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_tool("sample", partial(run, args), spoken)
 
 
 if __name__ == "__main__":

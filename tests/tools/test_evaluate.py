@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from megadit.evaluation.distances import frechet, kernel
 from megadit.evaluation.features import open_extractor
 from megadit.evaluation.images import open_rgb
 from megadit.runtime.launch import Process
+from megadit.runtime.tool import answered
+from megadit.sampling.options import spoken
 from tests.evaluation.judges import make_clip, make_dinov2
 from tests.evaluation.test_geneval import LINES, write_results
 from tests.ranks import run_ranks, train_on
@@ -59,7 +62,7 @@ def on_rank(rank, world_size, argv):
     """(exit status, stderr) of the command on a rank that was started."""
     args, errors = tool.make_parser().parse_args(argv), io.StringIO()
     with contextlib.redirect_stderr(errors):
-        status = tool.judge(args, Process(rank, world_size, rank, CPU))
+        status = answered("evaluate", Process(rank, world_size, rank, CPU), partial(tool.judge, args), spoken)
     return status, errors.getvalue()
 
 
@@ -191,7 +194,12 @@ def test_geneval_is_drawn_checked_and_its_results_read(trained, tmp_path):
     ("argv", "message"),
     [
         ("heldout {none}", "config.yaml"),
-        ("heldout {text} --tensor 3", "does not divide"),
+        ("heldout {text} --tensor 3", "--tensor 3 does not divide"),
+        ("heldout {text} --pipeline 2 --schedule interleaved --stages-per-rank 3", "--pipeline 2 x 3 stages"),
+        ("heldout {text} --json {prompts}/x.json", "x.json cannot be written: .*prompts.jsonl is not a folder"),
+        ("heldout {text} --plot {prompts}/x.png", "x.png cannot be written: .*prompts.jsonl is not a folder"),
+        ("geneval {text} --prompts {prompts} --out {out} --guidance-interval 0.6 0.3", "--guidance-interval 0.6 0.3"),
+        ("geneval {text} --prompts {prompts} --out {out} --size 9x8", "--size 9x8 must be multiples of 2 pixels"),
         ("geneval {text} --prompts {none} --out {out}", "none: No such file"),
         ("geneval {class} --prompts {prompts} --out {out}", "is told classes"),
         ("dpg {text} --prompts {none} --out {out}", "none: No such file"),

