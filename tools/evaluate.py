@@ -35,26 +35,15 @@ from megadit.evaluation.geneval_check import check_folder
 from megadit.evaluation.heldout_split import BATCH, heldout_prompts, open_share
 from megadit.evaluation.images import images_in
 from megadit.evaluation.painter import Painter
-from megadit.evaluation.results import check_judges, versions, write_json
+from megadit.evaluation.results import beside, check_judges, versions, write_json
 from megadit.evaluation.sets import add_all, drawn_features, file_features, heldout_features, of_drawn, of_files
 from megadit.parallel.grid import ParallelConfig
 from megadit.runtime.agreement import gathered, of_main, together
 from megadit.runtime.launch import Process
 from megadit.runtime.tool import run_tool
+from megadit.sampling import options
 from megadit.sampling.folder import check_writable
 from megadit.sampling.generate import SampleConfig
-from megadit.sampling.options import (
-    add_autoencoder,
-    add_batch,
-    add_drawing,
-    add_launcher,
-    add_layout,
-    add_size,
-    asked,
-    given,
-    positive,
-    spoken,
-)
 from megadit.sampling.prompts import read_prompts
 from megadit.training.config import CONFIG_FILE
 from megadit.training.decoder import open_decoder
@@ -95,7 +84,7 @@ PLACE = "a folder of images, or a run's folder"
 
 def open_painter(args: argparse.Namespace, process: Process) -> Painter:
     """The run that draws. Collective. Raises ValueError for a run, an autoencoder or a size that will not do."""
-    parallel, sample = asked(args, ParallelConfig()), given(args, SampleConfig)
+    parallel, sample = options.asked(args, ParallelConfig()), options.given(args, SampleConfig)
     sampler = open_sampler(args.run, process, parallel, sample=sample)
     with together():
         decoder = open_decoder(sampler.config, args.autoencoder, process.device)
@@ -118,7 +107,7 @@ def run_dpg(args: argparse.Namespace, process: Process) -> Answer:
 def run_heldout(args: argparse.Namespace, process: Process) -> Answer:
     if args.plot:
         of_main(partial(check_writable, args.plot))
-    sampler = open_sampler(args.run, process, asked(args, ParallelConfig()), reads_prompts=False)
+    sampler = open_sampler(args.run, process, options.asked(args, ParallelConfig()), reads_prompts=False)
     with together():
         share = open_share(args.run, sampler, args.batch)
     bar = partial(tqdm, desc="passes over the held-out images", dynamic_ncols=True, disable=not process.is_main)
@@ -134,7 +123,7 @@ def run_heldout(args: argparse.Namespace, process: Process) -> Answer:
 
 
 def prompts_of(args: argparse.Namespace, painter: Painter, count: int) -> list[str]:
-    """What a run draws: the lines of --prompts in turn, else the held-out captions. The same on every rank."""
+    """What a run draws: the lines of --prompts in turn, else the held-out captions."""
     if args.prompts:
         lines = read_prompts(str(args.prompts))
         return [lines[i % len(lines)] for i in range(args.samples or len(lines))]
@@ -164,7 +153,7 @@ def two_sets(
     painter = open_painter(args, process)
     with together():
         share = open_share(args.run, painter.sampler)
-        prompts = prompts_of(args, painter, args.samples or share.total)
+    prompts = of_main(lambda: prompts_of(args, painter, args.samples or share.total))
     decoded = f", decoded by {painter.decoder.name}" if painter.decoder.name else ""
     settings = {"real": f"held-out images of {args.run}{decoded}", "drawn": painter.identity()}
     real_features = heldout_features(share, painter, extractor)
@@ -196,8 +185,7 @@ def compared(
 
     found, lines = of_main(result)
     last = args.sets[-1]
-    beside = last / f"{name}.json" if is_run(last) else last.with_name(f"{last.name}.{name}.json")
-    return found, lines, args.json or beside
+    return found, lines, args.json or (last / f"{name}.json" if is_run(last) else beside(last, f"{name}.json"))
 
 
 def run_fid(args: argparse.Namespace, process: Process) -> Answer:
@@ -228,7 +216,7 @@ def run_clip_score(args: argparse.Namespace, process: Process) -> Answer:
         with together():
             painter.check_reads_text("a CLIP score")
             count = args.samples or open_share(args.run, painter.sampler).total
-            captions = prompts_of(args, painter, count)
+        captions = of_main(lambda: prompts_of(args, painter, count))
         add_all(of_drawn(painter, captions), captions, score)
         settings: dict[str, Any] = {"drawn": painter.identity()}
         path = args.place / "clip_score.json"
@@ -237,7 +225,7 @@ def run_clip_score(args: argparse.Namespace, process: Process) -> Answer:
         captions = [pair.caption for pair in pairs]
         with together():
             add_all(of_files([pair.picture for pair in pairs], process), captions, score)
-        settings, path = {"drawn": str(args.place)}, args.place.with_name(f"{args.place.name}.clip_score.json")
+        settings, path = {"drawn": str(args.place)}, beside(args.place, "clip_score.json")
     mean, cut = mean_score(gathered(score.sums())), score.too_long(captions)
     line = f"CLIP score {mean:.4f} ({len(captions)} pictures, {score.identity['name']}; {cut} captions cut)"
     numbers = {"clip_score": mean, "images": len(captions), "captions_cut": cut, "clip": score.identity}
@@ -268,17 +256,17 @@ def run_summary(args: argparse.Namespace) -> int:
 
 def add_painting(parser: argparse.ArgumentParser) -> None:
     """Options of commands that draw; see `open_painter`."""
-    group = add_drawing(parser)
-    add_size(group)
-    add_autoencoder(group)
-    add_batch(add_layout(parser), PICTURES_PER_CALL)
+    group = options.add_drawing(parser)
+    options.add_size(group)
+    options.add_autoencoder(group)
+    options.add_batch(options.add_layout(parser), PICTURES_PER_CALL)
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python tools/evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_launcher(parser)
+    options.add_launcher(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, do: Callable[..., Any], alone: bool = False) -> argparse.ArgumentParser:
@@ -292,7 +280,9 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("run", type=Path, help="a run's folder; it must read text")
     one.add_argument("--prompts", type=Path, required=True, help="GenEval's evaluation_metadata.jsonl")
     one.add_argument("--out", type=Path, required=True, help="the folder to draw into")
-    one.add_argument("--samples", type=positive, default=geneval.SAMPLES, help="of each prompt (default: %(default)s)")
+    one.add_argument(
+        "--samples", type=options.positive, default=geneval.SAMPLES, help="of each prompt (default: %(default)s)"
+    )
     add_painting(one)
 
     one = command("dpg", run_dpg)
@@ -304,7 +294,9 @@ def make_parser() -> argparse.ArgumentParser:
     one = command("check-geneval", run_check, alone=True)
     one.add_argument("folder", type=Path, help="the folder to check")
     one.add_argument("--prompts", type=Path, help="the file that it was drawn from: its lines are compared")
-    one.add_argument("--samples", type=positive, default=geneval.SAMPLES, help="of each prompt (default: %(default)s)")
+    one.add_argument(
+        "--samples", type=options.positive, default=geneval.SAMPLES, help="of each prompt (default: %(default)s)"
+    )
 
     one = command("summary", run_summary, alone=True)
     one.add_argument("results", type=Path, help="the scorer's results.jsonl")
@@ -318,34 +310,42 @@ def make_parser() -> argparse.ArgumentParser:
             required=True,
             help="folder of a CLIP or DINOv2 model; or the file of torch-fidelity's Inception-v3",
         )
-        one.add_argument("--samples", type=positive, help="of a run: pictures to draw; default: as many as held out")
-        one.add_argument("--prompts", type=Path, help="of a run: captions, one a line; default: the held-out ones")
+        one.add_argument(
+            "--samples", type=options.positive, help="of a run: pictures to draw; default: as many as held out"
+        )
+        one.add_argument(
+            "--prompts", type=Path, help="of a run: captions, one a line, - is stdin; default: the held-out ones"
+        )
         add_painting(one)
-    one.add_argument("--subsets", type=positive, default=SUBSETS, help="of kid (default: %(default)s)")
+    one.add_argument("--subsets", type=options.positive, default=SUBSETS, help="of kid (default: %(default)s)")
     one.add_argument(
-        "--subset-size", type=positive, default=SUBSET_SIZE, help="images (default: %(default)s, if there)"
+        "--subset-size", type=options.positive, default=SUBSET_SIZE, help="images (default: %(default)s, if there)"
     )
 
     one = command("clip-score", run_clip_score)
     one.add_argument("place", type=Path, metavar="FOLDER", help=PLACE)
     one.add_argument("--clip", type=Path, required=True, help="folder of a CLIPModel with its tokenizer")
-    one.add_argument("--samples", type=positive, help="of a run: pictures to draw; default: as many as held out")
-    one.add_argument("--prompts", type=Path, help="of a run: captions, one a line; default: the held-out ones")
+    one.add_argument(
+        "--samples", type=options.positive, help="of a run: pictures to draw; default: as many as held out"
+    )
+    one.add_argument(
+        "--prompts", type=Path, help="of a run: captions, one a line, - is stdin; default: the held-out ones"
+    )
     add_painting(one)
 
     one = command("heldout", run_heldout)
     one.add_argument("run", type=Path, help="a run's folder")
-    one.add_argument("--bins", type=positive, default=heldout.BINS, help="of times (default: %(default)s)")
+    one.add_argument("--bins", type=options.positive, default=heldout.BINS, help="of times (default: %(default)s)")
     one.add_argument("--seed", type=int, default=0, help="of noise and times (default: %(default)s)")
     one.add_argument("--plot", type=Path, help="a PNG of the losses by time")
-    add_batch(add_layout(one), BATCH)
+    options.add_batch(options.add_layout(one), BATCH)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     if not args.alone:
-        return run_tool("evaluate", partial(judge, args), spoken)
+        return run_tool("evaluate", partial(judge, args), options.spoken)
     try:
         return int(args.do(args))
     except ValueError as error:

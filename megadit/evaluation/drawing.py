@@ -19,7 +19,7 @@ from tqdm import tqdm
 from megadit.evaluation import dpg, geneval
 from megadit.evaluation.images import open_rgb, sheet
 from megadit.evaluation.painter import Painter
-from megadit.evaluation.results import read_text, versions, write_json
+from megadit.evaluation.results import beside, read_text, versions, write_json
 from megadit.runtime.agreement import of_main, together
 from megadit.runtime.disk import replace_file
 from megadit.sampling.folder import writing
@@ -39,7 +39,7 @@ def settings_path(out: Path) -> Path:
     >>> str(settings_path(Path("drawn/geneval")))
     'drawn/geneval.json'
     """
-    return out.with_name(f"{out.name}.json")
+    return beside(out, "json")
 
 
 def begin(out: Path, settings: Mapping[str, Any]) -> None:
@@ -144,7 +144,7 @@ def draw_dpg(painter: Painter, prompt_folder: Path, out: Path) -> dict[str, Any]
     names, texts = list(prompts), list(prompts.values())
     settings = _settings("dpg", painter, [f"{name} {text}" for name, text in prompts.items()], dpg.SAMPLES)
     of_main(lambda: begin(out, settings))
-    parts = out.with_name(f"{out.name}.parts")  # the scorer reads every file of the folder itself
+    parts = beside(out, "parts")  # the scorer reads every file of the folder itself
 
     def part(i: int, k: int) -> Path:
         return parts / f"{names[i]}_{k}.png"

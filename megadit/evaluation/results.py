@@ -35,6 +35,16 @@ def check_judges() -> None:
         raise ValueError(f"judging pictures needs more packages: {error}; install them with {EXTRA}") from error
 
 
+def beside(folder: Path, ending: str) -> Path:
+    """The file of a folder's name next to it.
+
+    >>> str(beside(Path("drawn/geneval"), "json"))
+    'drawn/geneval.json'
+    """
+    named = folder if folder.name not in ("", "..") else folder.resolve()
+    return named.with_name(f"{named.name}.{ending}")
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replace a file, its folder made where there is none. Raises ValueError naming one that cannot be written."""
     try:

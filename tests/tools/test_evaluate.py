@@ -107,11 +107,12 @@ def test_distances_between_folders_are_those_of_their_features(sets, judges, tmp
     assert (found["subsets"], found["subset_size"]) == (100, 45)
 
 
-def test_fid_of_few_images_warns(sets, judges, tmp_path):
+def test_fid_of_few_images_warns(sets, judges, tmp_path, monkeypatch):
     (tmp_path / "few").mkdir()
     for i in range(5):
         (tmp_path / f"few/{i}.png").write_bytes((sets / f"drawn/00{i}.png").read_bytes())
-    assert on_ranks(1, "fid", sets / "real", tmp_path / "few", "--features", judges["dinov2"]) == [0]
+    monkeypatch.chdir(tmp_path / "few")  # a folder without a name has its result beside it, too
+    assert on_ranks(1, "fid", sets / "real", ".", "--features", judges["dinov2"]) == [0]
     found = json.loads((tmp_path / "few.fid.json").read_text())
     (warning,) = found["warnings"]
     assert warning.startswith("5 drawn images are fewer than the 32 features")
