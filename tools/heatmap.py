@@ -29,21 +29,11 @@ from megadit.parallel.grid import ParallelConfig
 from megadit.runtime.agreement import of_main, together
 from megadit.runtime.launch import Process
 from megadit.runtime.tool import run_tool
+from megadit.sampling import options
 from megadit.sampling.evenness import Row, printed, table, write_csv, write_json
 from megadit.sampling.folder import writing
 from megadit.sampling.generate import SampleConfig
 from megadit.sampling.heatmap import ALPHA, Scene, decoded, save_animation, sheet, spread_steps
-from megadit.sampling.options import (
-    add_autoencoder,
-    add_drawing,
-    add_launcher,
-    add_layout,
-    add_size,
-    asked,
-    given,
-    positive,
-    spoken,
-)
 from megadit.sampling.routing import BRANCHES, Branch, Trace, check_experts, recorded
 from megadit.training.decoder import Decoder, open_decoder
 from megadit.training.restore import Sampler, open_sampler
@@ -194,16 +184,19 @@ def arguments() -> argparse.Namespace:
         "--layers", type=layer_numbers, help="such as 1,3: the layers shown; default: all that have experts"
     )
     parser.add_argument(
-        "--steps-shown", type=positive, default=5, help="columns of the sheet beside the mean (default: %(default)s)"
+        "--steps-shown",
+        type=options.positive,
+        default=5,
+        help="columns of the sheet beside the mean (default: %(default)s)",
     )
     parser.add_argument("--plain", action="store_true", help="colours alone, not over the picture")
     parser.add_argument("--animation", choices=ANIMATIONS, default="gif", help="its kind (default: %(default)s)")
-    add_launcher(parser)
-    group = add_drawing(parser)
-    add_size(group)
-    add_autoencoder(group)
+    options.add_launcher(parser)
+    group = options.add_drawing(parser)
+    options.add_size(group)
+    options.add_autoencoder(group)
     group.add_argument("--online", action="store_true", help="download encoders that are not on this machine")
-    add_layout(parser)
+    options.add_layout(parser)
     return parser.parse_args()
 
 
@@ -214,7 +207,7 @@ def run(args: argparse.Namespace, process: Process) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("the figures need matplotlib: pip install -e '.[plots]'")
     files = Files.of(args.out or args.run, args.animation)
-    parallel, sample = asked(args, ParallelConfig()), given(args, SampleConfig)
+    parallel, sample = options.asked(args, ParallelConfig()), options.given(args, SampleConfig)
     sampler = open_sampler(args.run, process, parallel, args.online, sample=sample)
     config = sampler.config
     check_experts(config.model)
@@ -231,7 +224,7 @@ def run(args: argparse.Namespace, process: Process) -> None:
 
 def main() -> int:
     args = arguments()
-    return run_tool("heatmap", partial(run, args), spoken)
+    return run_tool("heatmap", partial(run, args), options.spoken)
 
 
 if __name__ == "__main__":

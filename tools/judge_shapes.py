@@ -5,6 +5,7 @@ score is the mean over tasks of the fraction of pictures that show exactly what 
 
     python tools/judge_shapes.py runs/shapes --trained 100 --heldout 40
     torchrun --standalone --nproc-per-node 4 tools/judge_shapes.py runs/shapes     # on four GPUs, the same pictures
+    torchrun --standalone --nproc-per-node 4 tools/judge_shapes.py runs/large --tensor 2 --expert 2
     python tools/judge_shapes.py runs/shapes --show                                # an earlier result
 """
 
@@ -28,9 +29,9 @@ from megadit.parallel.grid import ParallelConfig
 from megadit.runtime.agreement import of_main
 from megadit.runtime.launch import Process
 from megadit.runtime.tool import run_tool
+from megadit.sampling import options
 from megadit.sampling.folder import check_writable, writing
 from megadit.sampling.generate import SampleConfig
-from megadit.sampling.options import add_batch, add_drawing, add_launcher, add_layout, asked, given, positive, spoken
 from megadit.sampling.picture import save_grid
 from megadit.study.record import SCORE_FILE
 from megadit.study.scoring import Ask, asks, score
@@ -63,7 +64,9 @@ def show(path: Path) -> int:
 
 def shapes_sampler(args: argparse.Namespace, process: Process) -> Sampler:
     """Raises ValueError for a run on other data."""
-    sampler = open_sampler(args.run, process, asked(args, ParallelConfig()), sample=given(args, SampleConfig))
+    sampler = open_sampler(
+        args.run, process, options.asked(args, ParallelConfig()), sample=options.given(args, SampleConfig)
+    )
     kind = sampler.config.data.kind
     if kind != "shapes":
         raise ValueError(f"{args.run} is a run on data.kind={kind}, and this judge reads shapes alone")
@@ -112,7 +115,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument(
         "--trained",
-        type=positive,
+        type=options.positive,
         default=100,
         help="pictures per task of combinations that training shows (default: %(default)s)",
     )
@@ -125,9 +128,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help=f"the JSON to write; default: {SCORE_FILE} in the run's folder")
     parser.add_argument("--sheet", type=Path, help="a PNG of the first pictures of each task")
     parser.add_argument("--show", action="store_true", help="print an earlier result instead of judging again")
-    add_launcher(parser)
-    add_drawing(parser, seed=1)
-    add_batch(add_layout(parser), PICTURES_PER_CALL)
+    options.add_launcher(parser)
+    options.add_drawing(parser, seed=1)
+    options.add_batch(options.add_layout(parser), PICTURES_PER_CALL)
     args = parser.parse_args()
     if args.heldout < 0:
         parser.error(f"--heldout {args.heldout} is less than 0")
@@ -137,7 +140,7 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     args = arguments()
     out = args.out or args.run / SCORE_FILE
-    return show(out) if args.show else run_tool("judge_shapes", partial(run, args, out), spoken)
+    return show(out) if args.show else run_tool("judge_shapes", partial(run, args, out), options.spoken)
 
 
 if __name__ == "__main__":

@@ -47,20 +47,9 @@ from megadit.parallel.grid import ParallelConfig
 from megadit.runtime.agreement import of_main, together
 from megadit.runtime.launch import Process
 from megadit.runtime.tool import run_tool
+from megadit.sampling import options
 from megadit.sampling.folder import PictureFolder, check_writable, writing
 from megadit.sampling.generate import SampleConfig
-from megadit.sampling.options import (
-    add_autoencoder,
-    add_batch,
-    add_drawing,
-    add_launcher,
-    add_layout,
-    add_size,
-    asked,
-    given,
-    positive,
-    spoken,
-)
 from megadit.sampling.picture import save_grid
 from megadit.sampling.prompts import read_prompts
 from megadit.training.config import RunConfig, check_sizes
@@ -78,23 +67,27 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("prompts", nargs="*", help=PROMPTS)
-    add_launcher(parser)
+    options.add_launcher(parser)
 
     what = parser.add_argument_group("what to draw")
     what.add_argument(
         "--prompts", dest="prompts_file", metavar="FILE", help="a prompt a line, - is stdin; empty lines are skipped"
     )
     what.add_argument(
-        "--count", type=positive, default=40, help="pictures when no prompt is given (default: %(default)s)"
+        "--count", type=options.positive, default=40, help="pictures when no prompt is given (default: %(default)s)"
     )
-    what.add_argument("--repeat", type=positive, default=1, help="pictures of each prompt (default: %(default)s)")
+    what.add_argument(
+        "--repeat", type=options.positive, default=1, help="pictures of each prompt (default: %(default)s)"
+    )
 
-    add_size(add_drawing(parser))
+    options.add_size(options.add_drawing(parser))
 
     where = parser.add_argument_group("where it is written")
     where.add_argument("--out", type=Path, help="the grid, a PNG; default: samples.png in the run's folder")
-    where.add_argument("--columns", type=positive, default=10, help="of the grid (default: %(default)s)")
-    where.add_argument("--zoom", type=positive, default=6, help="width of a pixel of the grid (default: %(default)s)")
+    where.add_argument("--columns", type=options.positive, default=10, help="of the grid (default: %(default)s)")
+    where.add_argument(
+        "--zoom", type=options.positive, default=6, help="width of a pixel of the grid (default: %(default)s)"
+    )
     where.add_argument(
         "--folder",
         type=Path,
@@ -103,10 +96,10 @@ def arguments() -> argparse.Namespace:
     )
     where.add_argument("--overwrite", action="store_true", help="draw all of --folder again, whatever is there")
 
-    add_batch(add_layout(parser), PICTURES_PER_CALL)
+    options.add_batch(options.add_layout(parser), PICTURES_PER_CALL)
 
     encoders = parser.add_argument_group("encoders")
-    add_autoencoder(encoders)
+    options.add_autoencoder(encoders)
     encoders.add_argument("--online", action="store_true", help="download encoders that are not on this machine")
     args = parser.parse_intermixed_args()
     if args.prompts and args.prompts_file:
@@ -165,7 +158,7 @@ class Job:
 
 def prepare(args: argparse.Namespace, process: Process) -> Job:
     """Read and check everything. Collective; raises ValueError on all ranks, for a layout before anything is loaded."""
-    parallel, sample = asked(args, ParallelConfig()), given(args, SampleConfig)
+    parallel, sample = options.asked(args, ParallelConfig()), options.given(args, SampleConfig)
     with together():
         config = read_drawn(args.run, process.world_size, parallel, sample)
     prompts = of_main(lambda: read_prompts(args.prompts_file) if args.prompts_file else args.prompts)
@@ -252,7 +245,7 @@ def run(args: argparse.Namespace, process: Process) -> None:
 
 def main() -> int:
     args = arguments()
-    return run_tool("sample", partial(run, args), spoken)
+    return run_tool("sample", partial(run, args), options.spoken)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,12 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 
 
 def write_json(
-    rows: Sequence[Row], maps_SLT: np.ndarray, layers: Sequence[int], times: Sequence[float], about: Any, path: Path
+    rows: Sequence[Row],
+    maps_SLT: np.ndarray,
+    layers: Sequence[int],
+    times: Sequence[float],
+    about: Mapping[str, Any],
+    path: Path,
 ) -> None:
     """`about`, the table, and for each layer and step the time, the same numbers and the experts of each patch."""
     steps = {

@@ -14,7 +14,7 @@ from megadit.diffusion.sampler import SAMPLERS as OURS
 from megadit.diffusion.sampler import Network, OnStep, Progress, after, go_on
 
 
-class Sampler(Protocol):
+class Solver(Protocol):
     """Images at times[0], the noise, taken to times[-1], which falls."""
 
     def __call__(
@@ -100,7 +100,7 @@ def make_unipc(order: int = 2) -> Any:
 
 # Of order 2, which bears guidance better than 3: diffusers' own recommendation.
 SOLVERS = {"dpm++": make_dpm, "unipc": make_unipc}
-SAMPLERS: dict[str, Sampler] = {**OURS, **{name: partial(solved, make) for name, make in SOLVERS.items()}}
+SAMPLERS: dict[str, Solver] = {**OURS, **{name: partial(solved, make) for name, make in SOLVERS.items()}}
 
 
 def check_installed(sampler: str) -> None:

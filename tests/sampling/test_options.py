@@ -6,35 +6,25 @@ from dataclasses import fields
 import pytest
 
 from megadit.parallel.grid import ParallelConfig
+from megadit.sampling import options
 from megadit.sampling.generate import SampleConfig
-from megadit.sampling.options import (
-    add_autoencoder,
-    add_batch,
-    add_drawing,
-    add_launcher,
-    add_layout,
-    add_size,
-    asked,
-    given,
-    spoken,
-)
 
 
 def parsed(*argv):
     parser = argparse.ArgumentParser()
-    add_launcher(parser)
-    group = add_drawing(parser, seed=4)
-    add_size(group)
-    add_autoencoder(group)
-    add_batch(add_layout(parser), 16)
+    options.add_launcher(parser)
+    group = options.add_drawing(parser, seed=4)
+    options.add_size(group)
+    options.add_autoencoder(group)
+    options.add_batch(options.add_layout(parser), 16)
     return parser.parse_args([str(one) for one in argv])
 
 
 def test_what_is_not_said_stays():
     args = parsed("--local_rank", 1)
-    assert given(args, SampleConfig) == given(args, ParallelConfig) == {}
+    assert options.given(args, SampleConfig) == options.given(args, ParallelConfig) == {}
     own = SampleConfig("unipc", steps=7, guidance_from=0.1)
-    assert asked(args, own) == own
+    assert options.asked(args, own) == own
     assert (args.seed, args.batch, args.size, args.autoencoder) == (4, 16, None, None)
 
 
@@ -42,12 +32,12 @@ def test_every_option_is_a_field():
     how = ["--steps", 5, "--guidance", 1.5, "--sampler", "euler", "--guidance-rescale", 0.7]
     where = ["--tensor", 2, "--sequence", "--pipeline", 3, "--schedule", "zbv", "--stages-per-rank", 4, "--expert", 5]
     args = parsed(*how, "--guidance-interval", 0.2, 0.8, *where, "--size", "8x12")
-    assert asked(args, SampleConfig(shift=3.0)) == SampleConfig("euler", 5, 1.5, 3.0, 0.7, 0.2, 0.8)
+    assert options.asked(args, SampleConfig(shift=3.0)) == SampleConfig("euler", 5, 1.5, 3.0, 0.7, 0.2, 0.8)
     layout = ParallelConfig(tensor=2, pipeline=3, expert=5, sequence=True, schedule="zbv", stages_per_rank=4)
-    assert asked(args, ParallelConfig()) == layout
+    assert options.asked(args, ParallelConfig()) == layout
     assert args.size == (8, 12)
     # The others cannot be said: a shift is of the run's objective, fallbacks are for trainings.
-    said = given(args, SampleConfig) | given(args, ParallelConfig)
+    said = options.given(args, SampleConfig) | options.given(args, ParallelConfig)
     assert {field.name for kind in (SampleConfig, ParallelConfig) for field in fields(kind)} - said.keys() == {
         "shift",
         "fallbacks",
@@ -83,4 +73,4 @@ def test_values_that_cannot_be_are_refused(argv, message, capsys):
     ],
 )
 def test_messages_speak_of_options_that_there_are(message, words):
-    assert spoken(message) == words
+    assert options.spoken(message) == words
