@@ -187,7 +187,10 @@ class Sampler:
             with together():  # other ranks read other prompts, perhaps from files
                 told = Told(self.condition, own)
             dtype, first = self.config.dtype, indices.start
-            return generate(self.pipeline, told, own, image_shape, settings, seed, dtype, first, self.group, progress)
+            with together():  # one rank's pictures may hold infinities, after its last collective
+                return generate(
+                    self.pipeline, told, own, image_shape, settings, seed, dtype, first, self.group, progress
+                )
 
         return rounds_of(len(prompts), self.group, self.grid["dp"].size, batch or PICTURES_PER_CALL), draw
 

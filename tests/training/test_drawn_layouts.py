@@ -14,6 +14,7 @@ from megadit.parallel.grid import ParallelConfig
 from megadit.runtime.launch import Process
 from megadit.sampling.generate import SampleConfig
 from megadit.sampling.picture import to_bytes
+from megadit.training.build import named_parameters
 from megadit.training.config import check, load_config
 from megadit.training.restore import as_drawn, open_sampler
 from tests.ranks import run_ranks, train_on
@@ -196,6 +197,10 @@ def refusals(rank, world_size, folders, without_tokenizer):
     refused(lambda: sampler.shares([*NUMBERS, " "], SETTINGS, 7))
     refused(lambda: sampler.shares([], SETTINGS, 7))
     refused(lambda: sampler.shares(NUMBERS, SETTINGS, 7, size=(8, 7)))
+    if rank == 1:  # a replica whose memory has gone bad
+        named_parameters(sampler.pipeline.stages)[0][1].data.fill_(float("inf"))
+    sampler = replace(sampler, condition=Labels(10))
+    refused(lambda: list(sampler.shares(NUMBERS, SETTINGS, 7)))
     return messages
 
 
@@ -214,6 +219,7 @@ def test_faults_are_heard_on_every_rank(trained, tmp_path):
         "prompt 5 is empty; say what to draw",
         "no prompts; say what to draw",
         "latent images of 8 x 7 cannot be cut into patches",
+        "of 4 pictures 4 are not finite, from step 1 of 4 on",
     ]
     assert len(first) == len(expected)
     for message, beginning in zip(first, expected, strict=True):
