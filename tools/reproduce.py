@@ -11,6 +11,7 @@ name, and nothing else of it, and draws the figures.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -69,6 +70,7 @@ def main() -> int:
     reporting.add_argument("--check", action="store_true", help="write nothing: fail if the page would change")
     reporting.set_defaults(command=report)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # trials are stopped on the way out
     try:
         args.command(args)
     except (ValueError, Failed) as error:

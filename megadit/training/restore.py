@@ -187,9 +187,11 @@ class Sampler:
             own = [prompts[min(index, len(prompts) - 1)] for index in indices]
             with together():  # other ranks read other prompts, perhaps from files
                 told = Told(self.condition, own)
-            dtype, first, group = self.config.dtype, indices.start, self.group
-            with together():  # other ranks draw other pictures; whether they are finite is known when all are drawn
-                return generate(self.pipeline, told, own, image_shape, settings, seed, dtype, first, group, progress)
+            dtype, first = self.config.dtype, indices.start
+            with together():  # one rank's pictures may hold infinities, after its last collective
+                return generate(
+                    self.pipeline, told, own, image_shape, settings, seed, dtype, first, self.group, progress
+                )
 
         return rounds_of(len(prompts), self.group, self.grid["dp"].size, batch or PICTURES_PER_CALL), draw
 

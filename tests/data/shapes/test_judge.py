@@ -11,7 +11,8 @@ from megadit.data.shapes.scene import COLOURS, REQUESTS, SHAPES, TASKS, Asked, D
 from megadit.runtime.seed import stream
 from tests.data.shapes.mistakes import MISTAKES
 
-PICTURES = 2000
+# In continuous integration fewer; a drill judges them all.
+PICTURES = [200, pytest.param(2000, marks=pytest.mark.drill)]
 AT_32 = ("single_object", "colors", "position")
 CASES = [(64, task) for task in TASKS] + [(32, task) for task in AT_32]
 
@@ -22,24 +23,26 @@ def asked(kind, task, number):
     return dice, dice.choice(REQUESTS[task])
 
 
+@pytest.mark.parametrize("pictures", PICTURES)
 @pytest.mark.parametrize(("size", "task"), CASES)
-def test_true_pictures_are_right(size, task):
+def test_true_pictures_are_right(size, task, pictures):
     wrong = Counter()
-    for number in range(PICTURES):
+    for number in range(pictures):
         dice, request = asked("true", task, number)
         verdict = judge(draw(picture_of(request, dice), size), request)
         wrong[verdict.why] += not verdict.right
-    assert wrong.total() <= 0.005 * PICTURES, wrong.most_common(5)
+    assert wrong.total() <= 0.005 * pictures, wrong.most_common(5)
 
 
+@pytest.mark.parametrize("pictures", PICTURES)
 @pytest.mark.parametrize(("size", "task"), CASES)
-def test_planted_mistakes_are_caught(size, task):
+def test_planted_mistakes_are_caught(size, task, pictures):
     missed = Counter()
-    for number in range(PICTURES):
+    for number in range(pictures):
         dice, request = asked("mistake", task, number)
         plant = MISTAKES[task][number % len(MISTAKES[task])]
         missed[plant.__name__] += judge(plant(request, dice, size), request).right
-    assert missed.total() <= 0.01 * PICTURES, missed
+    assert missed.total() <= 0.01 * pictures, missed
 
 
 @pytest.mark.parametrize("size", [32, 64, 96])
