@@ -114,6 +114,7 @@ def result(why_no_maps: str) -> Markup:
     if why_no_maps:
         maps = section("no-maps", "Heat map", tag("p", f"There is none: {why_no_maps}.", class_="note"))
         return tag("div", picture, maps, id="result", hidden="")
+    branches = [tag("option", said, value=branch) for branch, said in BRANCHES_SAID.items()]
     maps = section(
         "maps",
         "Heat map",
@@ -122,12 +123,11 @@ def result(why_no_maps: str) -> Markup:
         tag("p", id="meaning", class_="note"),
         slider("layer"),
         slider("step"),
-        tag("label", tag("input", type="checkbox", id="mean"), " mean of all steps", class_="check"),
         tag(
             "div",
-            tag("label", "drawn", for_="branch"),
-            tag("select", *(tag("option", said, value=key) for key, said in BRANCHES_SAID.items()), id="branch"),
-            class_="branch",
+            tag("label", tag("input", type="checkbox", id="mean"), "mean of all steps", class_="check"),
+            tag("select", *branches, id="branch", aria_label="which images are looked at"),
+            class_="chosen",
         ),
     )
     heads = (tag("th", said, title=meaning, class_="number") for said, meaning in EVENNESS.values())
@@ -155,7 +155,7 @@ def slider(name: str) -> Markup:
 BRANCHES_SAID = {
     "conditional": "with the prompt",
     "unconditional": "without it",
-    "difference": "difference of the two",
+    "difference": "difference",
 }
 # Columns of the table, by their names in evenness.Row; page.js has the same order.
 EVENNESS = {
@@ -176,9 +176,9 @@ label{color:var(--second);font-size:13px}
 .field label{display:block;margin:0 0 3px}
 .control{display:flex;gap:6px}
 input[type=text],input[type=number],select,button{font:inherit;color:var(--ink);background:var(--page);
-border:1px solid var(--line);border-radius:6px;padding:7px 10px;min-width:0}
+border:1px solid var(--line);border-radius:6px;padding:0 10px;min-width:0;height:38px}
 input[type=text]{width:100%}
-.prompt input{font-size:17px;padding:9px 12px}
+.prompt input{font-size:17px;padding:0 12px;height:44px}
 input::placeholder{color:var(--second);opacity:.75}
 :is(input,select,button,tbody tr):focus-visible{outline:2px solid var(--accent);outline-offset:1px}
 .row{display:flex;flex-wrap:wrap;gap:0 14px;align-items:end}
@@ -186,7 +186,7 @@ input::placeholder{color:var(--second);opacity:.75}
 .seed input{width:150px}.steps input,.guidance input{width:92px}
 button{cursor:pointer}
 button:disabled{cursor:default;opacity:.55}
-#draw{margin-left:auto;background:#1f63b5;border-color:#1f63b5;color:#fff;font-weight:600;padding:8px 30px}
+#draw{margin-left:auto;background:#1f63b5;border-color:#1f63b5;color:#fff;font-weight:600;min-width:150px}
 #draw:hover:enabled{background:#184f92}
 progress{display:block;width:100%;height:8px;margin:14px 0 0;accent-color:var(--accent)}
 #message{color:var(--bad);background:var(--bad-back);border-radius:8px;padding:9px 14px;margin:0 0 16px;
@@ -194,7 +194,7 @@ overflow-wrap:anywhere}
 #warnings{list-style:none;color:var(--second);background:var(--surface);border:1px solid var(--line);
 border-left:4px solid #c98500;border-radius:8px;padding:9px 14px;margin:0 0 16px;overflow-wrap:anywhere}
 #warnings li{margin:0}
-#result{display:grid;grid-template-columns:1fr 1fr;gap:16px;align-items:start}
+#result{display:grid;grid-template-columns:1fr 1fr;gap:16px}
 #result section{margin:0;min-width:0}
 #evenness{grid-column:1/-1}
 #result img{display:block;width:100%;max-width:460px;height:auto;margin:8px auto 10px;border-radius:4px;
@@ -204,12 +204,14 @@ image-rendering:pixelated;background:var(--grid)}
 margin:0 auto}
 #ramp{flex:1;height:12px;border-radius:3px}
 #meaning{margin:4px auto 12px;max-width:460px}
-.slider{display:grid;grid-template-columns:44px 1fr 118px;gap:10px;align-items:center;margin:0 0 4px}
+.slider,.chosen{display:grid;grid-template-columns:40px 1fr 118px;gap:10px;align-items:center;margin:0 auto 5px;
+max-width:460px}
 .slider output{font-size:13px;font-variant-numeric:tabular-nums;text-align:right}
 input[type=range]{width:100%;accent-color:var(--accent)}
 input[type=range]:disabled{opacity:.45}
-.check,.branch{display:flex;gap:7px;align-items:center;margin:4px 0 8px 54px}
-.branch select{padding:4px 8px}
+.chosen{grid-template-columns:1fr auto;margin-top:10px}
+.check{display:flex;gap:7px;align-items:center}
+.chosen select{height:32px;font-size:14px}
 tbody tr{cursor:pointer}
 tbody tr:hover,tbody tr[aria-selected=true]{background:var(--page)}
 tbody tr[aria-selected=true] td:first-child{font-weight:600}

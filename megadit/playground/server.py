@@ -1,7 +1,7 @@
 """The page over HTTP: to whoever sits at this machine, and to no other page of their browser.
 
     GET /            the page
-    GET /page.js     what makes it move
+    GET /page.js     what makes it move; and /favicon.ico, which browsers ask for
     GET /progress    {"done": 3, "steps": 20}, or {} while nothing is drawn
     GET /overlay     a PNG; ?drawing=NAME&layer=3&step=7 (from 0, or "mean"), and &branch=difference if not conditional
     POST /draw       a wish as JSON -> a drawing as JSON; see wish.py and drawing.py
@@ -30,6 +30,10 @@ logger = logging.getLogger("megadit")
 
 MOST_BYTES = 64 * 1024  # of what is posted
 SCRIPT = Path(__file__).with_name("page.js")
+ICON = (
+    b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 2 2"><path fill="#3b528b" d="M0 0h2v2H0z"/>'
+    b'<path fill="#5ec962" d="M1 0h1v1H1z"/><path fill="#21918c" d="M0 1h1v1H0z"/></svg>'
+)
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -150,6 +154,8 @@ class Handler(BaseHTTPRequestHandler):
             self._send("text/html; charset=utf-8", self.server.page.html.encode(), policy=self.server.page.policy)
         elif url.path == "/page.js":
             self._send("text/javascript; charset=utf-8", SCRIPT.read_bytes())
+        elif url.path == "/favicon.ico":
+            self._send("image/svg+xml", ICON)
         elif url.path == "/progress":
             done_of = self.server.studio.progress
             self._send_json({} if done_of is None else {"done": done_of[0], "steps": done_of[1]})
