@@ -54,6 +54,7 @@ async function draw(event) {
   if ($("draw").disabled) return;
   const watching = new AbortController();
   $("draw").disabled = true;
+  $("draw").textContent = "drawing";
   show("");
   try {
     const body = JSON.stringify(wish());
