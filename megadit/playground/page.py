@@ -181,7 +181,7 @@ input[type=text]{width:100%}
 .prompt input{font-size:17px;padding:0 12px;height:44px}
 input::placeholder{color:var(--second);opacity:.75}
 :is(input,select,button,tbody tr):focus-visible{outline:2px solid var(--accent);outline-offset:1px}
-.row{display:flex;flex-wrap:wrap;gap:0 14px;align-items:end}
+.row{display:flex;flex-wrap:wrap;gap:10px 14px;align-items:end}
 .row .field{margin:0}
 .seed input{width:150px}.steps input,.guidance input{width:92px}
 button{cursor:pointer}
@@ -215,5 +215,5 @@ input[type=range]:disabled{opacity:.45}
 tbody tr{cursor:pointer}
 tbody tr:hover,tbody tr[aria-selected=true]{background:var(--page)}
 tbody tr[aria-selected=true] td:first-child{font-weight:600}
-@media (max-width:760px){#result{grid-template-columns:1fr}#draw{margin:10px 0 0;width:100%}}
+@media (max-width:760px){#result{grid-template-columns:1fr}#draw{width:100%}}
 """
