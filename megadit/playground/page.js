@@ -86,7 +86,7 @@ async function put(found) {
   picture.alt = found.prompt;
   await picture.decode();
   $("caption").textContent =
-    `“${found.prompt}”${found.negative && ` without “${found.negative}”`}: seed ${found.seed}, ${found.steps} steps ` +
+    `“${found.prompt}”${found.negative && ` without “${found.negative}”`}: seed ${found.seed}, ${found.steps} ${found.steps === 1 ? "step" : "steps"} ` +
     `of ${found.sampler}, guidance ${found.guidance}; ${found.size.join(" × ")} pixels in ${found.seconds.toFixed(1)} s`;
   $("warnings").replaceChildren(...found.warnings.map(warning => element("li", warning)));
   $("warnings").hidden = found.warnings.length === 0;

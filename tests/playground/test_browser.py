@@ -147,7 +147,7 @@ def test_what_is_wrong_is_said_on_the_page_which_goes_on(browser, place):
     seen.draw(prompt, steps=1)
     assert not page.is_visible("#message") and page.is_visible("#picture")
     assert page.inner_text("#warnings") == f"the prompt {prompt.strip()!r} is cut to the 28 tokens that the model reads"
-    assert page.inner_text("#caption").startswith(f"“{prompt.strip()}”: seed 0, 1 steps of heun, guidance 3;")
+    assert page.inner_text("#caption").startswith(f"“{prompt.strip()}”: seed 0, 1 step of heun, guidance 3;")
     page.click("#another")
     page.press("#prompt", "Enter")
     expect(page.locator("#caption")).not_to_contain_text("seed 0,", timeout=60000)
