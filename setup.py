@@ -30,7 +30,7 @@ setup(
     description="Trains and samples EC-DiT, a text-to-image diffusion transformer with expert-choice routing",
     license="Apache-2.0",
     packages=find_packages(include=["megadit", "megadit.*"]),
-    package_data={"megadit": ["py.typed"]},
+    package_data={"megadit": ["py.typed"], "megadit.playground": ["page.js"]},
     python_requires=">=3.11",  # what the pinned numpy needs
     install_requires=[pin for name, pin in pins.items() if name not in sum(OPTIONAL.values(), [])],
     extras_require={

@@ -7,7 +7,7 @@ import pytest
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With MEGADIT_DRILL_SHARE=0/10, 1/10, ... 9/10 a tenth of the drills: a test belongs to one by its name."""
+    """With MEGADIT_DRILL_SHARE=0/20, 1/20, ... 19/20 a twentieth of the drills: a test belongs to one by its name."""
     number, of = map(int, os.environ.get("MEGADIT_DRILL_SHARE", "0/1").split("/"))
 
     def has_its_turn(item: pytest.Item) -> bool:

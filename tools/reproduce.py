@@ -1,6 +1,6 @@
 """Trains what a study compares, judges it, and reports it with intervals.
 
-    python tools/reproduce.py run examples/reproduce/cpu.yaml --out runs/reproduce/cpu
+    python tools/reproduce.py run examples/reproduce/cpu.yaml
     python tools/reproduce.py report docs/reproduction.md
 
 `run` goes on where it was stopped: what is finished is not repeated, and a training goes on from its last checkpoint.
@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from megadit.runtime.lock import hold
-from megadit.study.conduct import Conductor, Failed, Place, is_finished, steps_done
+from megadit.study.conduct import RECORDS, Conductor, Failed, Place, is_finished, steps_done
 from megadit.study.design import read_study, trials
 from megadit.study.hardware import cores
 from megadit.study.page import fill
@@ -39,15 +39,16 @@ def places(workers: int) -> list[Place]:
 def run(args: argparse.Namespace) -> None:
     study = read_study(args.study)
     every = list(trials(study, args.study))
-    args.out.mkdir(parents=True, exist_ok=True)
-    with hold(args.out / ".lock", patience_s=10):
-        left = [trial for trial in every if not is_finished(args.out, trial)]
+    out = args.out or Path("runs/reproduce") / args.study.stem
+    out.mkdir(parents=True, exist_ok=True)
+    with hold(out / ".lock", patience_s=10):
+        left = [trial for trial in every if not is_finished(out, trial)]
         total = sum(trial.config().run.steps for trial in left)
-        done = sum(steps_done(args.out / trial.name) for trial in left)
+        done = sum(steps_done(out / trial.name) for trial in left)
         name = f"{len(left)} of {len(every)} trials"
         with tqdm(total=total, initial=done, desc=name, unit="step", dynamic_ncols=True, smoothing=0.02) as bar:
-            Conductor(study, args.out, places(args.workers), JUDGE, bar.update).conduct(left)
-    print(args.out / "records")
+            Conductor(study, out, places(args.workers), JUDGE, bar.update).conduct(left)
+    print(out / RECORDS)
 
 
 def report(args: argparse.Namespace) -> None:
@@ -62,7 +63,7 @@ def main() -> int:
     commands = parser.add_subparsers(required=True)
     running = commands.add_parser("run", help="train and judge every trial of a study that is not finished")
     running.add_argument("study", type=Path, help="a YAML file: base, variants, seeds; see megadit/study/design.py")
-    running.add_argument("--out", type=Path, required=True, help="folder of the runs and their records")
+    running.add_argument("--out", type=Path, help="folder of the runs and their records; default: runs/reproduce/STUDY")
     running.add_argument("--workers", type=int, default=0, help="trials side by side; default: one a GPU, or a core")
     running.set_defaults(command=run)
     reporting = commands.add_parser("report", help="fill a page's marked parts from records")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 # Elements without content: those of HTML that never have any, and the shapes of SVG.
-EMPTY = {"meta", "rect", "line", "path", "circle"}
+EMPTY = {"meta", "input", "img", "rect", "line", "path", "circle"}
 
 
 class Markup(str):

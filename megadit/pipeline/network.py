@@ -5,18 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megadit.conversion.weights import Weights
 from megadit.model.ecdit import ECDiT, whole_model
+from megadit.parallel.grid import Group
+from megadit.parallel.pipeline.schedule import Listener
 from megadit.training.config import RunConfig
 
 
 class Whole:
-    """What `generate` runs: the network, which needs no ranks."""
+    """What `generate` runs and `recorded` records: the network, which needs no ranks.
+
+    listeners: who is told of each call.
+    """
 
     def __init__(self, network: ECDiT) -> None:
         self.network = network
+        self.group = Group(None, 1, 0)  # type: ignore[arg-type]  # of one, whose handle nobody looks at
+        self.listeners: list[Listener] = []
+
+    @property
+    def stages(self) -> list[nn.Module]:
+        """The network is the only one."""
+        return [self.network]
 
     @property
     def parameter(self) -> Tensor:
@@ -31,6 +43,8 @@ class Whole:
         """The velocity of a batch, which is whole groups of `multiple` images."""
         assert len(batch) % multiple == 0, f"{len(batch)} images are no groups of {multiple}"
         out = self.network(batch, **keywords)
+        for listener in self.listeners:
+            listener(batch, keywords, 1)
         return out[0] if isinstance(out, tuple) else out
 
 

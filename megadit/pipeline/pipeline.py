@@ -5,7 +5,8 @@ Pictures of a seed are those of tools/sample.py, bit for bit, where batches are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megadit.conversion.weights import Weights
-from megadit.diffusion.sampler import OnStep, go_on
+from megadit.diffusion.sampler import OnStep, Progress, go_on
 from megadit.diffusion.timesteps import sampling_times
 from megadit.encoders.condition import FrozenCaptions
 from megadit.model.ecdit import ECDiT
@@ -35,6 +36,7 @@ from megadit.pipeline.request import (
 )
 from megadit.sampling.generate import SampleConfig, generate
 from megadit.sampling.picture import to_bytes
+from megadit.sampling.routing import Recording, recorded
 from megadit.training.config import images_per_group
 
 Callback = Callable[["ECDiTPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
@@ -55,9 +57,10 @@ class ECDiTPipeline:
 
     def __init__(self, parts: Parts, transformer: ECDiT) -> None:
         """`from_pretrained` and `from_run` are the ways in."""
-        self.parts, self.transformer = parts, transformer
+        self.parts, self.network = parts, Whole(transformer)
         self.scheduler = parts.config.sample
         self._bar: dict[str, Any] = {}
+        self._recording: Recording | None = None
 
     # --- in and out ---------------------------------------------------------------------------------------------------
 
@@ -124,13 +127,23 @@ class ECDiTPipeline:
     # --- what it is ---------------------------------------------------------------------------------------------------
 
     @property
+    def transformer(self) -> ECDiT:
+        """The network itself."""
+        return self.network.network
+
+    @property
+    def group(self) -> int:
+        """Pictures that are routed together: of the last such group some may be drawn and thrown away."""
+        return images_per_group(self.parts.config)
+
+    @property
     def device(self) -> torch.device:
-        return Whole(self.transformer).device
+        return self.network.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the network."""
-        return Whole(self.transformer).parameter.dtype
+        return self.network.parameter.dtype
 
     @property
     def sampler(self) -> str:
@@ -225,21 +238,40 @@ class ECDiTPipeline:
         if latents is None:
             seed, latents = starting_point(generator, len(prompts), image_shape)
         drawn_BCHW = generate(
-            Whole(self.transformer),
+            self.network,
             parts.condition,
             prompts,
             image_shape,
             settings,
             seed,
             self.dtype,
-            group=images_per_group(parts.config),
-            progress=self.progress_bar,
+            group=self.group,
+            progress=self._steps,
             latents=latents,
             negative=negative,
             on_step=self._told(callback_on_step_end, settings, callback_on_step_end_tensor_inputs),
         )
         images = self._shown(drawn_BCHW, output_type)
         return PipelineOutput(images) if return_dict else (images,)
+
+    @contextmanager
+    def recorded(self) -> Iterator[Recording]:
+        """Records which patches the experts take in what is drawn inside the block.
+
+        One call: `Recording.trace` is of pictures that were drawn together, and wants their number with those that
+        fill the last `group`. Raises ValueError for a network without experts.
+        """
+        with recorded(self.network) as recording:
+            self._recording = recording
+            try:
+                yield recording
+            finally:
+                self._recording = None
+
+    @property
+    def _steps(self) -> Progress:
+        """What the sampler's steps go through."""
+        return self.progress_bar if self._recording is None else self._recording.steps(self.progress_bar)
 
     def _checked(self, **changes: Any) -> SampleConfig:
         square = self.parts.config.model.image_size

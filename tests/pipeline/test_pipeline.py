@@ -18,6 +18,7 @@ from megadit.parallel.grid import ParallelConfig
 from megadit.pipeline import ECDiTPipeline
 from megadit.runtime.launch import Process
 from megadit.sampling.generate import NotFinite, SampleConfig, noise_of
+from megadit.sampling.routing import recorded
 from megadit.training.config import load_config
 from megadit.training.restore import open_sampler
 from tests.conversion.made import make_run
@@ -92,6 +93,28 @@ def test_pictures_are_those_of_the_tool_bit_for_bit(kind, run, pipe, tmp_path):
         latents = pipe(KINDS[kind][0], num_images_per_prompt=2, generator=5, output_type="latent").images
         assert torch.equal(latents, torch.from_numpy(tensors))
     pipe.scheduler = before
+
+
+def recorded_of_the_sampler(rank, world_size, folder, prompts):
+    sampler = open_sampler(folder, Process(rank, world_size, rank, torch.device("cpu")), ParallelConfig())
+    with recorded(sampler.pipeline) as recording:
+        sampler.draw(prompts, sampler.config.sample, 5, progress=recording.steps())
+    return vars(recording.trace(images=-(-len(prompts) // sampler.group) * sampler.group))
+
+
+def test_what_is_recorded_is_the_routing_of_the_sampler(kind, run, pipe):
+    prompts = KINDS[kind][0]
+    plain = pipe(prompts, generator=5, output_type="latent").images
+    with pipe.recorded() as recording:
+        assert torch.equal(pipe(prompts, generator=5, output_type="latent").images, plain)
+    found = vars(recording.trace(images=-(-len(prompts) // pipe.group) * pipe.group))
+    (expected,) = run_ranks(recorded_of_the_sampler, 1, run, prompts)
+    assert found.keys() == expected.keys() and found["layers"] == (1, 3)
+    for key, value in expected.items():
+        np.testing.assert_array_equal(found[key], value, err_msg=key)
+    calls = len(recording.calls)
+    assert torch.equal(pipe(prompts, generator=5, output_type="latent").images, plain)
+    assert (len(recording.calls), pipe.network.listeners) == (calls, [])
 
 
 def test_it_comes_back_from_disk_as_it_was(kind, pipe, tmp_path):

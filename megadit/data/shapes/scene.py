@@ -32,14 +32,14 @@ COLOURS = {
 COUNTS = (2, 3, 4)
 
 # Of a thing: half of its bounding box's side, about. As many things as are drawn together leave room for one another.
-RADII = {1: (0.24, 0.34), 2: (0.15, 0.19), 3: (0.11, 0.15), 4: (0.11, 0.15)}
-GAP = 0.06  # between the circles around two things
+RADII = {1: (0.27, 0.34), 2: (0.17, 0.2), 3: (0.12, 0.15), 4: (0.12, 0.15)}
+GAP = 0.03  # at least, between the circles around two things
 CLEAR = 1.5  # of two things in a position: their distance along one axis, in distances along the other
 # Things lie about these places: one in the middle, two side by side or one above the other, more in the quarters.
-LOW, MIDDLE, HIGH = 0.26, 0.5, 0.74
+LOW, MIDDLE, HIGH = 0.25, 0.5, 0.75
 QUARTERS = ((LOW, LOW), (HIGH, LOW), (LOW, HIGH), (HIGH, HIGH))
 BESIDE = (((LOW, MIDDLE), (HIGH, MIDDLE)), ((MIDDLE, LOW), (MIDDLE, HIGH)))
-SPREAD = {1: 0.12, 2: 0.08, 3: 0.05, 4: 0.05}  # how far from them, along either axis
+SPREAD = {1: 0.06, 2: 0.05, 3: 0.04, 4: 0.04}  # how far from them, along either axis
 
 Choice = TypeVar("Choice")
 
@@ -244,13 +244,13 @@ def places(count: int, dice: Dice) -> list[tuple[float, float]]:
 
 def is_whole(thing: Thing) -> bool:
     """Whether the picture has all of it, and a little room around it."""
-    return min(thing.x, thing.y, 1 - thing.x, 1 - thing.y) > thing.radius + GAP / 3
+    return min(thing.x, thing.y, 1 - thing.x, 1 - thing.y) > thing.radius + GAP / 2
 
 
 def are_apart(first: Thing, second: Thing) -> bool:
-    """Whether there is a gap between the circles around two things. A square's corners reach a little further."""
+    """Whether there is a gap between the circles around two things, which reach as far as a diamond's corners."""
     distance = ((first.x - second.x) ** 2 + (first.y - second.y) ** 2) ** 0.5
-    return distance >= 1.15 * (first.radius + second.radius) + GAP
+    return distance >= 1.1 * (first.radius + second.radius) + GAP
 
 
 def scene(split: Split, index: int, tasks: Sequence[Task] = TASKS) -> Scene:
