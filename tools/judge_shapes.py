@@ -80,7 +80,7 @@ def run(args: argparse.Namespace, out: Path, process: Process) -> None:
             of_main(partial(check_writable, path))
     sampler = shapes_sampler(args, process)
     settings = sampler.config.sample
-    wanted = asks(sampler.config.data.tasks or TASKS, args.trained, args.heldout)
+    wanted = asks(dict.fromkeys(sampler.config.data.tasks or TASKS), args.trained, args.heldout)
     with tqdm(total=len(wanted), desc="pictures", dynamic_ncols=True, disable=not process.is_main) as bar:
         drawn_NCHW = sampler.draw_all(
             [ask.prompt for ask in wanted],

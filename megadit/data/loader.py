@@ -27,7 +27,7 @@ class DataConfig:
     # encoded at the start into the run's folder.
     path: str = ""
     resolution: int = 256  # images, shapes: pixels of a square's side, and so of the area of other shapes
-    tasks: tuple[Task, ...] = ()  # shapes: those that take turns; none: all six
+    tasks: tuple[Task, ...] = ()  # shapes: those that take turns, often if named often; none: all six
     # shards, in place of `path`: several folders, and how often each is drawn, in any unit.
     sets: dict[str, float] = field(default_factory=dict)
     heldout: int = 100  # shards: one sample in so many is held out; 0: none

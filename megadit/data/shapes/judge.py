@@ -3,7 +3,7 @@
 1. What differs from the ground is a blob; connected pixels are one. Specks are passed over.
 2. A blob's colour is that of the pixels which stand out most, by the nearest of the palette.
 3. With it, each pixel's share that the blob covers is known. Centre of mass and area place every shape over the blob;
-   the one whose coverage differs least is what it shows, unless even that one differs too much.
+   the one whose coverage differs least is what it shows, unless even that one differs too much, or in width or height.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from megadit.data.shapes.scene import COLOURS, Asked, Request, Thing, relation_o
 STANDS_OUT = 48.0  # of 255: a pixel that differs so much from the ground is part of a blob
 SPECK = 0.003  # of the picture's area: less is no thing
 FARTHEST_COLOUR = 70.0  # a blob this far from every colour of the palette has none of them
-WORST_FIT = 0.15  # of the areas of blob and shape together: what may lie in one of them alone
+WORST_FIT = 0.2  # of the areas of blob and shape together: what may lie in one of them alone
+WORST_SIDE = 0.25  # of its side: how much wider or narrower, higher or lower than the shape a blob may be
 
 UNKNOWN = "unknown"
 PALETTE = np.array(list(COLOURS.values()), dtype=np.float64)
@@ -64,16 +65,25 @@ def read_blob(pixels: np.ndarray, rows: range, columns: range, size: int) -> Thi
     area = covered.sum()
     x = (covered.sum(axis=0) * (np.arange(columns.start, columns.stop) + 0.5)).sum() / area
     y = (covered.sum(axis=1) * (np.arange(rows.start, rows.stop) + 0.5)).sum() / area
-    misfits, radii, centres = {}, {}, {}
+    misfits, radii, centres, covers = {}, {}, {}, {}
     for shape in INSIDE:
         unit_area, below = moments(shape)
         radii[shape] = (area / unit_area) ** 0.5
         centres[shape] = y - below * radii[shape]
-        placed = coverage(shape, x, centres[shape], radii[shape], rows, columns)
-        misfits[shape] = abs(covered - placed).sum() / (covered + placed).sum()
+        covers[shape] = coverage(shape, x, centres[shape], radii[shape], rows, columns)
+        misfits[shape] = abs(covered - covers[shape]).sum() / (covered + covers[shape]).sum()
     best = min(misfits, key=lambda shape: misfits[shape])
-    shape = best if misfits[best] <= WORST_FIT else UNKNOWN
+    shape = best if misfits[best] <= WORST_FIT and have_like_sides(covered, covers[best]) else UNKNOWN
     return Thing(shape, name, x / size, centres[best] / size, radii[best] / size)
+
+
+def have_like_sides(covered: np.ndarray, placed: np.ndarray) -> bool:
+    """Whether a blob is about as wide and as high as a shape; a pixel more or less is nothing."""
+    for axis in (0, 1):
+        blob, shape = ((each.max(axis=axis) > 0.5).sum() for each in (covered, placed))
+        if abs(int(blob) - int(shape)) > max(1.0, WORST_SIDE * shape):
+            return False
+    return True
 
 
 def fits(asked: Asked, thing: Thing) -> bool:

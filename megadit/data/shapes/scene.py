@@ -32,14 +32,15 @@ COLOURS = {
 COUNTS = (2, 3, 4)
 
 # Of a thing: half of its bounding box's side, about. As many things as are drawn together leave room for one another.
-RADII = {1: (0.27, 0.34), 2: (0.17, 0.2), 3: (0.12, 0.15), 4: (0.12, 0.15)}
+RADII = {1: (0.22, 0.3), 2: (0.19, 0.22), 3: (0.12, 0.15), 4: (0.12, 0.15)}
 GAP = 0.03  # at least, between the circles around two things
 CLEAR = 1.5  # of two things in a position: their distance along one axis, in distances along the other
 # Things lie about these places: one in the middle, two side by side or one above the other, more in the quarters.
 LOW, MIDDLE, HIGH = 0.25, 0.5, 0.75
 QUARTERS = ((LOW, LOW), (HIGH, LOW), (LOW, HIGH), (HIGH, HIGH))
 BESIDE = (((LOW, MIDDLE), (HIGH, MIDDLE)), ((MIDDLE, LOW), (MIDDLE, HIGH)))
-SPREAD = {1: 0.06, 2: 0.05, 3: 0.04, 4: 0.04}  # how far from them, along either axis
+# How far from them: in the direction of another thing or of the edge there is less room.
+FREE, TIGHT = 0.06, 0.03
 
 Choice = TypeVar("Choice")
 
@@ -216,14 +217,18 @@ def picture_of(request: Request, dice: Dice) -> tuple[Thing, ...]:
     """A picture of a request, its colours, sizes and places drawn where it does not say: apart, and none cut off."""
     asked = [thing for thing in request.things for _ in range(request.count)]
     least, most = RADII[len(asked)]
-    spread = SPREAD[len(asked)]
+
+    def near(place: float) -> float:
+        spread = FREE if place == MIDDLE else TIGHT
+        return dice.between(place - spread, place + spread)
+
     while True:
         things = tuple(
             Thing(
                 thing.shape,
                 thing.colour or dice.choice(tuple(COLOURS)),
-                dice.between(x - spread, x + spread),
-                dice.between(y - spread, y + spread),
+                near(x),
+                near(y),
                 dice.between(least, most),
             )
             for thing, (x, y) in zip(asked, places(len(asked), dice), strict=True)
