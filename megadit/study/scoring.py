@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ class Ask(NamedTuple):
     prompt: str
 
 
-def asks(tasks: Sequence[Task], trained: int, heldout: int) -> list[Ask]:
+def asks(tasks: Iterable[Task], trained: int, heldout: int) -> list[Ask]:
     """So many prompts of each task, of combinations that training shows and, where there are any, of held-out ones.
 
     Each takes its task's requests in one shuffled order, again and again; captions take turns.
