@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 from megadit.runtime.disk import replace_file
 from megadit.runtime.status import STOPPED
-from megadit.study.design import Study, Trial
+from megadit.study.design import Study, Trial, fingerprint
 from megadit.study.hardware import machine
 from megadit.study.record import record_of
+from megadit.training.config import CONFIG_FILE, load_config
 from megadit.training.metrics import METRICS_FILE
 
 RECORDS = "records"
@@ -45,14 +46,18 @@ def record_path(out: Path, trial: Trial) -> Path:
 
 
 def is_finished(out: Path, trial: Trial) -> bool:
-    """Raises ValueError where the folder holds a trial of this name with other settings."""
-    path = record_path(out, trial)
-    if not path.exists():
+    """Raises ValueError where the folder holds a trial of this name, finished or not, with other settings."""
+    path, begun = record_path(out, trial), out / trial.name / CONFIG_FILE
+    wanted = fingerprint(trial.config())
+    if path.exists():
+        found = json.loads(path.read_text())["fingerprint"]
+    elif begun.exists():
+        found = fingerprint(load_config(begun))
+    else:
         return False
-    found = json.loads(path.read_text())["overrides"]
-    if found != list(trial.overrides):
-        raise ValueError(f"{path} is of another study ({' '.join(found)}); use another --out, or remove it")
-    return True
+    if found != wanted:
+        raise ValueError(f"{out} holds {trial.name} with other settings; use another --out, or remove it from there")
+    return path.exists()
 
 
 class Conductor:

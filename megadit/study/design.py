@@ -13,6 +13,8 @@ judge: {trained: 100, heldout: 40, seed: 1}
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +75,14 @@ class Trial:
     def config(self) -> RunConfig:
         """Raises ValueError for overrides that the base does not have or that do not go together."""
         return load_config(self.base, self.overrides)
+
+
+def fingerprint(config: RunConfig) -> str:
+    """Of everything that a trial's result depends on, so not of where it is written."""
+    plain = config.to_dict()
+    for key in ("dir", "name"):
+        del plain["run"][key]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def read_study(path: Path) -> Study:

@@ -9,7 +9,7 @@ from statistics import fmean, median
 from typing import Any
 
 from megadit.model.count import activated_parameters, forward_flops, parameters, weights_of
-from megadit.study.design import Trial
+from megadit.study.design import Trial, fingerprint
 from megadit.training.config import CONFIG_FILE, RunConfig, load_config
 from megadit.training.metrics import METRICS_FILE, read_metrics
 
@@ -34,6 +34,7 @@ def record_of(trial: Trial, label: str, run: Path) -> dict[str, Any]:
         "label": label or trial.variant,
         "seed": trial.seed,
         "overrides": list(trial.overrides),
+        "fingerprint": fingerprint(config),
         **size(config),
         **course_of(lines, config),
         "score": scored,
