@@ -109,6 +109,7 @@ class RunConfig:
             for section, values in dataclasses.asdict(self).items()
         }
         plain["optim"]["betas"] = list(plain["optim"]["betas"])
+        plain["data"]["tasks"] = list(plain["data"]["tasks"])
         plain["parallel"]["fallbacks"] = [
             {key: value for key, value in other.items() if value is not None}
             for other in plain["parallel"]["fallbacks"]
