@@ -1,7 +1,6 @@
 """A page's figures follow from records, and only from them."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -80,9 +79,3 @@ def test_records_that_are_not_there_or_not_whole_are_named(page):
     (folder / "dense_seed2.json").write_text(json.dumps(record("dense", "dense", 1, 2, 0.1, 8, 3)))
     with pytest.raises(ValueError, match="prices -->' is of no kind|prices --> is of no kind; there are setup"):
         fill(page)
-
-
-def test_the_figures_of_the_documentation_are_those_of_its_records():
-    page = Path("docs/reproduction.md")
-    assert "<!-- study " in page.read_text()
-    assert fill(page, write=False) == []
