@@ -1,7 +1,8 @@
 """Does a run draw the shapes it is asked for? A judge reads shapes, colours, counts and places off its pictures.
 
-Prompts are of the run's own tasks (data.tasks): combinations that training shows, and others that it never does. The
-score is the mean over tasks of the fraction of pictures that show exactly what was asked for, as GenEval's.
+Prompts are of the run's own tasks and shapes (data.tasks, data.shapes): combinations that training shows, and others
+that it never does. The score is the mean over tasks of the fraction of pictures that show exactly what was asked for,
+as GenEval's.
 
     python tools/judge_shapes.py runs/shapes --trained 100 --heldout 40
     torchrun --standalone --nproc-per-node 4 tools/judge_shapes.py runs/shapes     # on four GPUs, the same pictures
@@ -23,7 +24,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from megadit.data.shapes.scene import TASKS
+from megadit.data.shapes.scene import SHAPES, TASKS
 from megadit.evaluation.results import write_json
 from megadit.parallel.grid import ParallelConfig
 from megadit.runtime.agreement import of_main
@@ -80,7 +81,8 @@ def run(args: argparse.Namespace, out: Path, process: Process) -> None:
             of_main(partial(check_writable, path))
     sampler = shapes_sampler(args, process)
     settings = sampler.config.sample
-    wanted = asks(dict.fromkeys(sampler.config.data.tasks or TASKS), args.trained, args.heldout)
+    data = sampler.config.data
+    wanted = asks(dict.fromkeys(data.tasks or TASKS), args.trained, args.heldout, data.shapes or SHAPES)
     with tqdm(total=len(wanted), desc="pictures", dynamic_ncols=True, disable=not process.is_main) as bar:
         drawn_NCHW = sampler.draw_all(
             [ask.prompt for ask in wanted],

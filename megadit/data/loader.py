@@ -13,7 +13,7 @@ from megadit.data.arrays import Arrays
 from megadit.data.batch import Batch
 from megadit.data.digits import Digits
 from megadit.data.shapes.dataset import Shapes
-from megadit.data.shapes.scene import Split, Task
+from megadit.data.shapes.scene import Shape, Split, Task
 from megadit.encoders.condition import Condition, Conditioning
 from megadit.runtime.seed import stream
 
@@ -28,6 +28,7 @@ class DataConfig:
     path: str = ""
     resolution: int = 256  # images, shapes: pixels of a square's side, and so of the area of other shapes
     tasks: tuple[Task, ...] = ()  # shapes: those that take turns, often if named often; none: all six
+    shapes: tuple[Shape, ...] = ()  # shapes: those that are drawn; none: all six
     # shards, in place of `path`: several folders, and how often each is drawn, in any unit.
     sets: dict[str, float] = field(default_factory=dict)
     heldout: int = 100  # shards: one sample in so many is held out; 0: none
@@ -78,7 +79,7 @@ def open_dataset(config: DataConfig, split: Split, conditioning: Conditioning = 
     if config.kind == "shapes":
         if conditioning != "text":
             raise ValueError("data.kind=shapes has captions and no classes; use model.conditioning=text")
-        return Shapes(split, config.resolution, config.tasks)
+        return Shapes(split, config.resolution, config.tasks, config.shapes)
     if config.kind == "arrays":
         return Arrays(split, config.path, conditioning)
     return Digits(split, conditioning)

@@ -6,10 +6,13 @@ import io
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import sentencepiece
 import torch
 from torch import Tensor
+
+Pieces = Literal["unigram", "bpe"]
 
 PADDING, UNKNOWN, BEGIN, END = 0, 1, 2, 3  # of the models that we train; a given one says its own
 
@@ -43,8 +46,11 @@ class Tokenizer:
             raise ValueError(f"tokenizer {path}: {error}") from error
 
     @classmethod
-    def train(cls, sentences: Iterable[str], vocabulary: int) -> Tokenizer:
-        """A unigram model of at most `vocabulary` pieces; the same sentences give the same model.
+    def train(cls, sentences: Iterable[str], vocabulary: int, pieces: Pieces = "unigram") -> Tokenizer:
+        """A model of at most `vocabulary` pieces; the same sentences give the same model.
+
+        A unigram model, T5's kind, counts each different word once when it looks for pieces: of a corpus of few words
+        it spells most. Byte-pair encoding counts occurrences, and keeps frequent words whole.
 
         Raises ValueError when `vocabulary` is too small for the characters that occur.
         """
@@ -53,6 +59,7 @@ class Tokenizer:
             sentencepiece.SentencePieceTrainer.train,
             sentence_iterator=iter(sentences),
             model_writer=model,
+            model_type=pieces,
             vocab_size=vocabulary,
             hard_vocab_limit=False,  # a small corpus has fewer pieces
             character_coverage=1.0,

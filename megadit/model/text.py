@@ -25,6 +25,7 @@ class TextConfig:
     kind: Literal["builtin", "t5", "clip", "t5+clip", "precomputed"] = "builtin"
     tokenizer: str = ""  # a sentencepiece model file; empty: one is trained on the data set's captions
     vocabulary: int = 256
+    pieces: Literal["unigram", "bpe"] = "unigram"  # of a tokenizer that is trained; bpe: few words stay whole
     length: int = 16  # tokens of a caption, padded or cut to it
     width: int = 64
     layers: int = 2

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megadit.data.shapes.captions import caption_of
 from megadit.data.shapes.judge import judge
-from megadit.data.shapes.scene import HELDOUT, TRAINED, Request, Task
+from megadit.data.shapes.scene import SHAPES, Request, Shape, Task, requests_with
 from megadit.runtime.seed import stream
 from megadit.sampling.picture import to_bytes
 
@@ -26,14 +26,15 @@ class Ask(NamedTuple):
     prompt: str
 
 
-def asks(tasks: Iterable[Task], trained: int, heldout: int) -> list[Ask]:
+def asks(tasks: Iterable[Task], trained: int, heldout: int, shapes: Sequence[Shape] = SHAPES) -> list[Ask]:
     """So many prompts of each task, of combinations that training shows and, where there are any, of held-out ones.
 
-    Each takes its task's requests in one shuffled order, again and again; captions take turns.
+    Each takes its task's requests of these shapes in one shuffled order, again and again; captions take turns.
     """
     found = []
     for task in tasks:
-        for kind, count, requests in (("trained", trained, TRAINED[task]), ("heldout", heldout, HELDOUT[task])):
+        for kind, split, count in (("trained", "train", trained), ("heldout", "heldout", heldout)):
+            requests = requests_with(split, task, tuple(shapes))  # type: ignore[arg-type]
             order = torch.randperm(len(requests), generator=stream(0, "asks", task, kind)).tolist()
             for number in range(count if requests else 0):
                 request = requests[order[number % len(order)]]

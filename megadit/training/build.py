@@ -146,7 +146,7 @@ def read_tokenizer(config: RunConfig, corpus: Sequence[str]) -> Tokenizer:
             )
         tokenizer = Tokenizer.load(beside)
     else:
-        tokenizer = Tokenizer.train(corpus, config.text.vocabulary)
+        tokenizer = Tokenizer.train(corpus, config.text.vocabulary, config.text.pieces)
     if len(tokenizer) > config.text.vocabulary:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} pieces, text.vocabulary={config.text.vocabulary} has no room for "

@@ -109,7 +109,7 @@ class RunConfig:
             for section, values in dataclasses.asdict(self).items()
         }
         plain["optim"]["betas"] = list(plain["optim"]["betas"])
-        plain["data"]["tasks"] = list(plain["data"]["tasks"])
+        plain["data"] |= {key: list(plain["data"][key]) for key in ("tasks", "shapes")}
         plain["parallel"]["fallbacks"] = [
             {key: value for key, value in other.items() if value is not None}
             for other in plain["parallel"]["fallbacks"]

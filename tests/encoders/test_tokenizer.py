@@ -26,6 +26,17 @@ def test_a_vocabulary_is_an_upper_bound(tokenizer):
     assert len(Tokenizer.train(CORPUS, 5000)) < 5000
 
 
+def test_byte_pairs_keep_the_words_of_a_small_corpus_whole(tokenizer):
+    """A unigram model spells them: each word occurs once among the words that it looks for pieces in."""
+    whole = Tokenizer.train(CORPUS, 160, "bpe")
+    assert Tokenizer.train(list(CORPUS), 160, "bpe").serialized == whole.serialized
+    mask = {
+        kind: model.encode(["the digit seven in ink"], 40)[1].sum()
+        for kind, model in (("bpe", whole), ("unigram", tokenizer))
+    }
+    assert mask["bpe"] == 5 + 2 < mask["unigram"]
+
+
 def test_ids_are_within_range_and_the_mask_covers_them(tokenizer):
     ids, mask = tokenizer.encode(CORPUS, 40)
     assert ids.shape == mask.shape == (30, 40)

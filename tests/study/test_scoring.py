@@ -31,6 +31,13 @@ def test_prompts_of_each_task_say_their_request_and_turn_through_all():
     assert asks(TASKS, 40, 12) == asked and asks(TASKS, 20, 0)[:20] == asked[:20]
 
 
+def test_prompts_of_a_few_shapes_name_no_other():
+    few = ("square", "triangle", "ring")
+    asked = asks(("single_object", "position"), 40, 12, few)
+    assert Counter(ask.request.task for ask in asked) == {"single_object": 40, "position": 52}
+    assert {thing.shape for ask in asked for thing in ask.request.things} == {*few}
+
+
 def test_true_pictures_score_one_and_one_wrong_one_counts_in_its_task():
     asked = asks(("colors", "position"), 5, 2)
     drawn = pictures(asked)

@@ -11,23 +11,30 @@ from torch import Tensor
 
 from megadit.data.shapes.captions import TEMPLATES, caption_of
 from megadit.data.shapes.drawing import draw
-from megadit.data.shapes.scene import TASKS, TRAINED, Scene, Split, Task, scene
+from megadit.data.shapes.scene import SHAPES, TASKS, Scene, Shape, Split, Task, requests_with, scene
 
 HELDOUT = 600  # scenes of the held-out split
 SMALLEST = 32  # side in pixels: below it shapes cannot be told apart
 
 
 class Shapes:
-    """One split, "train" or "heldout", of some tasks, in squares of `size` pixels."""
+    """One split, "train" or "heldout", of some tasks and shapes, in squares of `size` pixels."""
 
-    def __init__(self, split: Split, size: int, tasks: Sequence[Task] = ()) -> None:
-        """No tasks are all six. Raises ValueError for pictures that are too small."""
+    def __init__(self, split: Split, size: int, tasks: Sequence[Task] = (), shapes: Sequence[Shape] = ()) -> None:
+        """No tasks are all six, and so are no shapes. Raises ValueError for pictures that are too small, and for too
+        few shapes for a task.
+        """
         if size < SMALLEST:
             raise ValueError(f"data.resolution={size} is too small for shapes; use {SMALLEST} or more")
-        self.size, self.tasks = size, tuple(tasks) or TASKS
+        self.size, self.tasks, self.shapes = size, tuple(tasks) or TASKS, tuple(shapes) or SHAPES
+        for task in self.tasks:
+            if not requests_with("train", task, self.shapes):
+                raise ValueError(
+                    f"data.shapes={list(self.shapes)} are too few for data.tasks={task}; name more of {list(SHAPES)}"
+                )
         self.is_endless = split == "train"
         # An image and its caption are asked for one after the other.
-        self.scene = lru_cache(4096)(lambda index: scene(split, index, self.tasks))
+        self.scene = lru_cache(4096)(lambda index: scene(split, index, self.tasks, self.shapes))
 
     def __len__(self) -> int:
         """Of the held-out split; samples of the training split are told apart by any index."""
@@ -52,7 +59,7 @@ class Shapes:
 
     def corpus(self) -> list[str]:
         """Every caption that training shows."""
-        requests = [request for task in self.tasks for request in TRAINED[task]]
+        requests = [request for task in self.tasks for request in requests_with("train", task, self.shapes)]
         return [caption_of(request, template) for request in requests for template in range(len(TEMPLATES))]
 
     def prompts(self, count: int) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations, permutations, product
 from typing import Literal, NamedTuple, TypeVar, get_args
 
@@ -15,12 +16,13 @@ import torch
 from megadit.runtime.seed import stream
 
 Task = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]  # by GenEval's names
+Shape = Literal["circle", "square", "triangle", "cross", "ring", "diamond"]
 Relation = Literal["left of", "right of", "above", "below"]
 Split = Literal["train", "heldout"]
 
 TASKS: tuple[Task, ...] = get_args(Task)
 RELATIONS: tuple[Relation, ...] = get_args(Relation)
-SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond")
+SHAPES: tuple[Shape, ...] = get_args(Shape)
 COLOURS = {
     "red": (226, 54, 54),
     "green": (52, 168, 83),
@@ -32,7 +34,7 @@ COLOURS = {
 COUNTS = (2, 3, 4)
 
 # Of a thing: half of its bounding box's side, about. As many things as are drawn together leave room for one another.
-RADII = {1: (0.22, 0.3), 2: (0.19, 0.22), 3: (0.12, 0.15), 4: (0.12, 0.15)}
+RADII = {1: (0.25, 0.33), 2: (0.19, 0.22), 3: (0.12, 0.15), 4: (0.12, 0.15)}
 GAP = 0.03  # at least, between the circles around two things
 CLEAR = 1.5  # of two things in a position: their distance along one axis, in distances along the other
 # Things lie about these places: one in the middle, two side by side or one above the other, more in the quarters.
@@ -213,6 +215,13 @@ TRAINED = {task: tuple(request for request in REQUESTS[task] if not is_heldout(r
 HELDOUT = {task: tuple(request for request in REQUESTS[task] if is_heldout(request)) for task in TASKS}
 
 
+@cache
+def requests_with(split: Split, task: Task, shapes: tuple[str, ...] = SHAPES) -> tuple[Request, ...]:
+    """A task's requests of these shapes alone: those that training shows, or those that it never does."""
+    requests = (TRAINED if split == "train" else HELDOUT)[task]
+    return tuple(request for request in requests if {thing.shape for thing in request.things} <= {*shapes})
+
+
 def picture_of(request: Request, dice: Dice) -> tuple[Thing, ...]:
     """A picture of a request, its colours, sizes and places drawn where it does not say: apart, and none cut off."""
     asked = [thing for thing in request.things for _ in range(request.count)]
@@ -258,10 +267,10 @@ def are_apart(first: Thing, second: Thing) -> bool:
     return distance >= 1.1 * (first.radius + second.radius) + GAP
 
 
-def scene(split: Split, index: int, tasks: Sequence[Task] = TASKS) -> Scene:
+def scene(split: Split, index: int, tasks: Sequence[Task] = TASKS, shapes: tuple[str, ...] = SHAPES) -> Scene:
     """Scene `index` of a split without end; tasks take turns. Neither split shows what is held out of training."""
     dice = Dice(stream(0, "shapes", split, index))
-    request = dice.choice(TRAINED[tasks[index % len(tasks)]])
+    request = dice.choice(requests_with("train", tasks[index % len(tasks)], shapes))
     while True:
         things = picture_of(request, dice)
         if not shows_heldout(things):

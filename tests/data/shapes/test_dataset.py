@@ -1,5 +1,7 @@
 """Scenes as the loader reads them."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -46,6 +48,16 @@ def test_the_corpus_is_what_training_shows_and_prompts_take_turns():
     assert [request_of(prompt).task for prompt in prompts] == ["colors", "position"] * 3
 
 
+def test_few_shapes_are_all_that_is_drawn_and_asked_for():
+    few = ("square", "cross", "ring")
+    config = dataclasses.replace(CONFIG, shapes=few)
+    for split in ("train", "heldout"):
+        scenes = [open_dataset(config, split).scene(index) for index in range(60)]
+        assert {thing.shape for each in scenes for thing in each.things} == {*few}
+    said = {thing.shape for caption in open_dataset(config, "train").corpus() for thing in request_of(caption).things}
+    assert said == {*few}
+
+
 @pytest.mark.parametrize("size", [1, 4])
 def test_ranks_read_consecutive_scenes_of_each_step(size):
     train = open_dataset(CONFIG, "train")
@@ -58,5 +70,7 @@ def test_ranks_read_consecutive_scenes_of_each_step(size):
 def test_bad_input_is_refused_by_key():
     with pytest.raises(ValueError, match="data.resolution=16 is too small for shapes; use 32 or more"):
         open_dataset(DataConfig(kind="shapes", resolution=16), "train")
+    with pytest.raises(ValueError, match=r"data.shapes=\['ring'\] are too few for data.tasks=position; name more of"):
+        open_dataset(dataclasses.replace(CONFIG, shapes=("ring",)), "train")
     with pytest.raises(ValueError, match="data.kind=shapes has captions and no classes; use model.conditioning=text"):
         open_dataset(CONFIG, "train", "class")
