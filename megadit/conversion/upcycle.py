@@ -255,6 +255,6 @@ class Maker:
             yield torch.zeros(parameter.shape, dtype=dtype)
             return
         assert "ep" not in parameter.placement.cut_axes, name
-        drawn = init_of(name, self.config.model).draw(parameter.shape, stream(self.seed, name))
+        drawn = init_of(name, self.config.model, self.config.text).draw(parameter.shape, stream(self.seed, name))
         # Masters begin as the parameters that a run draws, in their precision.
         yield drawn.to(self.dtypes["weight"]).to(dtype)

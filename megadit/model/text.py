@@ -30,6 +30,7 @@ class TextConfig:
     width: int = 64
     layers: int = 2
     heads: int = 4
+    init_std: float = 0.02  # of the embeddings of builtin's tokens and their positions
     channels: int = 4096  # of a frozen encoder's states
     pooled: int = 0  # width of the frozen encoder's vector of the whole caption, which joins the time; 0: none
     t5: str = ""  # the frozen encoder's name or folder

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 
 from megadit.model.config import ECDiTConfig
+from megadit.model.text import TextConfig
 from megadit.parallel.init import Constant, Init, Normal, Xavier
 
-EMBEDDINGS = ("embed.text.tokens", "embed.text.positions", ".labels")  # labels: of each layer, perhaps
+CAPTIONS = ("embed.text.tokens", "embed.text.positions")
+EMBEDDINGS = (*CAPTIONS, ".labels")  # labels: of each layer, perhaps
 BIASES = (".bias", "_bias", ".table")  # an expert's are beside its matrices; a table is added to a shared modulation
 
 
-def init_of(name: str, config: ECDiTConfig) -> Init:
+def init_of(name: str, config: ECDiTConfig, text: TextConfig) -> Init:
     """The initial distribution of the parameter of this global name.
 
     adaLN-Zero (DiT): modulation and head start at zero. Projections back into the residual stream are scaled down
@@ -23,6 +25,8 @@ def init_of(name: str, config: ECDiTConfig) -> Init:
         return Constant(1.0)
     if name.endswith("modulation.linear.weight") or name == "head.linear.weight":
         return Constant(0.0)
+    if name in CAPTIONS:
+        return Normal(text.init_std)
     if name.endswith(EMBEDDINGS) or ".time_" in name or ".pooled_" in name:
         return Normal(0.02)
     if name.startswith("blocks.") and name.endswith((".out.weight", ".down.weight", ".down")):

@@ -243,7 +243,7 @@ def build_run(config: RunConfig, layout: Layout, inputs: Inputs, process: Proces
         config.checkpoint.keep_every,
         config.checkpoint.async_,
     )
-    return assemble_run(config, grid, inputs, process, saver, lambda name: init_of(name, config.model))
+    return assemble_run(config, grid, inputs, process, saver, lambda name: init_of(name, config.model, config.text))
 
 
 def assemble_run(

@@ -320,6 +320,8 @@ def patches_fit(config: RunConfig, world_size: int) -> Iterator[str]:
 def captions_fit(config: RunConfig, world_size: int) -> Iterator[str]:
     if config.text.length < 3:
         yield f"text.length={config.text.length} has no room between a caption's begin and end; use 3 or more"
+    if config.text.init_std <= 0:
+        yield f"text.init_std={config.text.init_std} is the spread of the tokens' embeddings; use a number above 0"
 
 
 def layers_fill_stages(config: RunConfig, world_size: int) -> Iterator[str]:

@@ -69,7 +69,7 @@ def test_experts_are_the_dense_layer_turned_and_the_rest_is_as_it_was(tmp_path):
                     assert torch.equal(found[f"{ours}.{part}"][expert], dense[f"{theirs}.{part}.weight"].t())
                     assert torch.equal(found[f"{ours}.{part}_bias"][expert], dense[f"{theirs}.{part}.bias"])
     router = "blocks.1.feedforward.router.weight"
-    drawn = init_of(router, config.model).draw((4, 32), stream(config.run.seed, router)).double()
+    drawn = init_of(router, config.model, config.text).draw((4, 32), stream(config.run.seed, router)).double()
     assert torch.equal(found[f"weight.{router}"], drawn)
     assert torch.equal(found[f"ema.{router}"], drawn)
     assert not found[f"exp_avg.{router}"].any()

@@ -14,17 +14,20 @@ from megadit.parallel.init import initialise
 
 ZERO = ["*.bias", "*_bias", "*.modulation.table", "*modulation.linear.weight", "head.linear.weight"]
 ONE = ["*.q_norm.weight", "*.k_norm.weight", "*.attention_norm.weight", "*.feedforward_norm.weight", "*.norm.weight"]
-SMALL = ["embed.text.tokens", "embed.text.positions", "*.time_in.weight", "*.time_out.weight", "*.labels"]
+CAPTIONS = ["embed.text.tokens", "embed.text.positions"]
+SMALL = ["*.time_in.weight", "*.time_out.weight", "*.labels"]
 SMALL += ["embed.pooled_in.weight", "embed.pooled_out.weight"]
 INTO_THE_STREAM = ["blocks.*.out.weight", "blocks.*.down.weight", "blocks.*.experts.down"]
-NO_DECAY = ["*.bias", "*_bias", "*.table", *ONE, "embed.text.tokens", "embed.text.positions", "*.labels"]
+NO_DECAY = ["*.bias", "*_bias", "*.table", *ONE, *CAPTIONS, "*.labels"]
 # Changes of the configuration, and how many parameters start at random: the two ends, a block's attention, and
 # feed-forward layers, of which a mixture has a router and perhaps shared ones.
 TEXT_END, TIME_END, ATTENTION = 2 + 4 * 2, 1 + 2, 4
 FROZEN = {"text": TextConfig(kind="t5+clip", channels=40, width=16, pooled=24)}
+WIDE = {"text": TextConfig(vocabulary=16, length=8, width=16, init_std=0.5)}
 MODELS = {
     "pooled": (FROZEN, 2 + 2 + TIME_END + 4 * (2 * ATTENTION + 2) + 2),
     "text": ({}, TEXT_END + TIME_END + 4 * (2 * ATTENTION + 2) + 2),
+    "wide_embeddings": (WIDE, TEXT_END + TIME_END + 4 * (2 * ATTENTION + 2) + 2),
     "classes": ({"conditioning": "class", "classes": 40}, 1 + TIME_END + 4 * (ATTENTION + 2) + 2),
     "nucleus": (
         {"feedforward": "swiglu", "shared_experts": 2, "router_input": "timestep", "expert_ratio": 2.0},
@@ -54,7 +57,7 @@ def fresh(kind, config, text, region, grid):
     text = changes.pop("text", text)
     config = replace(config, bias=True, **changes)
     model = ECDiT(config, text, range(config.layers), region, grid["ep"]).to(torch.float64)
-    initialise(model.named_parameters(), grid, 0, lambda name: init_of(name, config))
+    initialise(model.named_parameters(), grid, 0, lambda name: init_of(name, config, text))
     return model
 
 
@@ -67,7 +70,9 @@ def test_every_parameter_starts_as_its_kind_does(fresh, kind):
             assert torch.all(value == 1), name
         else:
             random += 1
-            std = 0.02 if matches(name, SMALL) else math.sqrt(2 / (value.shape[-1] + value.shape[-2]))
+            std = 0.02 if matches(name, [*SMALL, *CAPTIONS]) else math.sqrt(2 / (value.shape[-1] + value.shape[-2]))
+            if matches(name, CAPTIONS) and kind == "wide_embeddings":
+                std = 0.5
             if matches(name, INTO_THE_STREAM):
                 std /= math.sqrt(3 * 4)  # three adds in each of the four layers
             error = 5 / math.sqrt(value.numel())  # five deviations of the mean; more of the deviation

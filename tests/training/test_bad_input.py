@@ -57,6 +57,7 @@ CASES = {
     "sampler": (1, ["sample.sampler=ddim"], ["sample.sampler='ddim'", "'dpm++' or 'unipc'"]),
     "no pictures": (1, ["log.samples=0"], ["log.samples=0 must be more than 0"]),
     "short captions": (1, ["text.length=2"], ["text.length=2 has no room", "use 3 or more"]),
+    "no spread": (1, ["text.init_std=0"], ["text.init_std=0.0 is the spread", "use a number above 0"]),
     "batch of no size": (
         2,
         ["parallel.pipeline=2", "data.global_batch=15", "data.micro_batch=0"],
