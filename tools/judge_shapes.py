@@ -109,7 +109,8 @@ def write_sheet(drawn_NCHW: Tensor, wanted: Sequence[Ask], path: Path) -> None:
     first = [i for i, ask in enumerate(wanted) if ask.kind == "trained"]
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_grid(drawn_NCHW[first[:: max(1, len(first) // SHEET)][:SHEET]], path, columns=12, zoom=2)
+        count = min(SHEET, len(first))
+        save_grid(drawn_NCHW[[first[i * len(first) // count] for i in range(count)]], path, columns=12, zoom=2)
 
 
 def arguments() -> argparse.Namespace:
@@ -128,7 +129,7 @@ def arguments() -> argparse.Namespace:
         help="pictures per task of combinations that it never does, 0 is none (default: %(default)s)",
     )
     parser.add_argument("--out", type=Path, help=f"the JSON to write; default: {SCORE_FILE} in the run's folder")
-    parser.add_argument("--sheet", type=Path, help="a PNG of the first pictures of each task")
+    parser.add_argument("--sheet", type=Path, help=f"a PNG of up to {SHEET} of the pictures, evenly over the tasks")
     parser.add_argument("--show", action="store_true", help="print an earlier result instead of judging again")
     options.add_launcher(parser)
     options.add_drawing(parser, seed=1)

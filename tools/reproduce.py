@@ -19,35 +19,28 @@ import torch
 from tqdm import tqdm
 
 from megadit.runtime.lock import hold
-from megadit.study.conduct import RECORDS, Conductor, Failed, Place, is_finished, steps_done
+from megadit.study.conduct import RECORDS, Conductor, Failed, check_no_others, is_finished, places, steps_done
 from megadit.study.design import read_study, trials
-from megadit.study.hardware import cores
 from megadit.study.page import fill
 
 JUDGE = Path(__file__).resolve().with_name("judge_shapes.py")
 
 
-def places(workers: int) -> list[Place]:
-    """One for each GPU, or for each core; `workers` 0 is as many as there are."""
-    gpus = torch.cuda.device_count()
-    count = workers or gpus or cores()
-    if gpus:
-        return [Place(max(1, cores() // count), i % gpus) for i in range(count)]
-    return [Place(max(1, cores() // count), None) for _ in range(count)]
-
-
 def run(args: argparse.Namespace) -> None:
     study = read_study(args.study)
     every = list(trials(study, args.study))
-    out = args.out or Path("runs/reproduce") / args.study.stem
+    out = args.out or Path("runs/reproduce") / study.name
     out.mkdir(parents=True, exist_ok=True)
     with hold(out / ".lock", patience_s=10):
-        left = [trial for trial in every if not is_finished(out, trial)]
+        check_no_others(out, every)
+        labels = {name: variant.label for name, variant in study.variants.items()}
+        left = [trial for trial in every if not is_finished(out, trial, labels[trial.variant], study.judge)]
         total = sum(trial.config().run.steps for trial in left)
         done = sum(steps_done(out / trial.name) for trial in left)
         name = f"{len(left)} of {len(every)} trials"
         with tqdm(total=total, initial=done, desc=name, unit="step", dynamic_ncols=True, smoothing=0.02) as bar:
-            Conductor(study, out, places(args.workers), JUDGE, bar.update).conduct(left)
+            where = places(args.workers, torch.cuda.device_count(), len(left))
+            Conductor(study, out, where, JUDGE, bar.update).conduct(left)
     print(out / RECORDS)
 
 
@@ -63,7 +56,7 @@ def main() -> int:
     commands = parser.add_subparsers(required=True)
     running = commands.add_parser("run", help="train and judge every trial of a study that is not finished")
     running.add_argument("study", type=Path, help="a YAML file: base, variants, seeds; see megadit/study/design.py")
-    running.add_argument("--out", type=Path, help="folder of the runs and their records; default: runs/reproduce/STUDY")
+    running.add_argument("--out", type=Path, help="folder of the runs and their records; default: runs/reproduce/NAME")
     running.add_argument("--workers", type=int, default=0, help="trials side by side; default: one a GPU, or a core")
     running.set_defaults(command=run)
     reporting = commands.add_parser("report", help="fill a page's marked parts from records")
@@ -74,7 +67,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # trials are stopped on the way out
     try:
         args.command(args)
-    except (ValueError, Failed) as error:
+    except (ValueError, OSError, Failed) as error:
         print(f"reproduce: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -24,6 +24,6 @@ export OMP_NUM_THREADS=1 # the ranks share the cores
 torchrun --standalone --nproc-per-node 2 -m megadit.train --config examples/shapes/train_32.yaml \
     run.name=shapes parallel.expert=2 "$@" >&2
 python tools/sample.py "$run" --out "$run/samples.png" --zoom 3 >&2
-python tools/heatmap.py "$run" "a red ring left of a blue square" --out "$run/heatmap" >&2
+python tools/heatmap.py "$run" "a ring left of a cross" --out "$run/heatmap" >&2
 torchrun --standalone --nproc-per-node 2 tools/judge_shapes.py "$run" >&2
 python tools/judge_shapes.py "$run" --show

@@ -7,17 +7,18 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megadit.runtime.disk import replace_file
+from megadit.runtime.launch import end_with_parent
 from megadit.runtime.status import STOPPED
-from megadit.study.design import Study, Trial, fingerprint
-from megadit.study.hardware import machine
+from megadit.study.design import JudgeConfig, Study, Trial, fingerprint
+from megadit.study.hardware import cores, machine
 from megadit.study.record import record_of
-from megadit.training.config import CONFIG_FILE, load_config
+from megadit.training.config import CONFIG_FILE, differing, load_config
 from megadit.training.metrics import METRICS_FILE
 
 RECORDS = "records"
@@ -36,28 +37,81 @@ class Place(NamedTuple):
 
     @property
     def environment(self) -> dict[str, str]:
-        chosen = {"CUDA_VISIBLE_DEVICES": "" if self.gpu is None else str(self.gpu)}
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else None  # the user's choice of GPUs, of which ours is a part
+        chosen = {"CUDA_VISIBLE_DEVICES": "" if self.gpu is None else names[self.gpu] if names else str(self.gpu)}
         cpu = {"DS_ACCELERATOR": "cpu"} if self.gpu is None else {}
         return {**os.environ, "OMP_NUM_THREADS": str(self.threads), **chosen, **cpu}
+
+
+def places(workers: int, gpus: int, trials: int) -> list[Place]:
+    """One for each GPU, or for each core, and not more than trials; `workers` 0 is as many as there are."""
+    count = max(1, min(workers or gpus or cores(), trials))
+    return [Place(max(1, cores() // count), i % gpus if gpus else None) for i in range(count)]
 
 
 def record_path(out: Path, trial: Trial) -> Path:
     return out / RECORDS / f"{trial.name}.json"
 
 
-def is_finished(out: Path, trial: Trial) -> bool:
-    """Raises ValueError where the folder holds a trial of this name, finished or not, with other settings."""
+def check_no_others(out: Path, trials: Sequence[Trial]) -> None:
+    """Raises ValueError for records of what the study does not have, which a report would show beside its own."""
+    known = {record_path(out, trial) for trial in trials}
+    others = [path.name for path in sorted((out / RECORDS).glob("*.json")) if path not in known]
+    if others:
+        raise ValueError(
+            f"{out / RECORDS} holds {', '.join(others)}, not of this study; use another --out, or remove them"
+        )
+
+
+def is_finished(out: Path, trial: Trial, label: str, judge: JudgeConfig) -> bool:
+    """Whether a trial's record is there, of pictures as they are to be judged. Its label and place become today's.
+
+    Raises ValueError where the folder holds a trial of this name, finished or not, with other settings.
+    """
     path, begun = record_path(out, trial), out / trial.name / CONFIG_FILE
-    wanted = fingerprint(trial.config())
-    if path.exists():
-        found = json.loads(path.read_text())["fingerprint"]
-    elif begun.exists():
-        found = fingerprint(load_config(begun))
+    record = _read_record(path) if path.exists() else None
+    if begun.exists():
+        now, then = trial.config().to_dict(), load_config(begun).to_dict()
+        told = [each for section in now for each in differing(section, then[section], now[section])]
+        others = [each for each in told if not each.startswith(("run.dir=", "run.name="))]
     else:
+        others = (
+            ["unknown which: its folder is gone"]
+            if record and record["fingerprint"] != fingerprint(trial.config())
+            else []
+        )
+    if others:
+        raise ValueError(
+            f"{out} holds {trial.name} with other settings ({', '.join(others)}); use another --out, or remove it from "
+            "there"
+        )
+    if record is None or not _judged_as(record, judge):
         return False
-    if found != wanted:
-        raise ValueError(f"{out} holds {trial.name} with other settings; use another --out, or remove it from there")
-    return path.exists()
+    today = {"place": trial.place, "label": label or trial.variant}
+    if record | today != record:
+        _write_record(path, record | today)
+    return True
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """Raises ValueError naming the file."""
+    try:
+        record = json.loads(path.read_text())
+        record["fingerprint"], record["score"]["tasks"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no record of a trial ({error!r}); remove it to judge the trial again") from error
+    return record
+
+
+def _write_record(path: Path, record: Mapping[str, Any]) -> None:
+    replace_file(path, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def _judged_as(record: Mapping[str, Any], judge: JudgeConfig) -> bool:
+    wanted = {"trained": judge.trained, "heldout": judge.heldout}
+    counts = [(kind, count["asked"]) for task in record["score"]["tasks"].values() for kind, count in task.items()]
+    return record["score"]["seed"] == judge.seed and all(asked == wanted[kind] for kind, asked in counts)
 
 
 class Conductor:
@@ -71,6 +125,7 @@ class Conductor:
         self.free, self.workers = list(places), len(places)
         self.running: set[subprocess.Popen[bytes]] = set()
         self.stopping = threading.Event()
+        self.starting = threading.Lock()  # so that nothing starts unseen by what stops
 
     def conduct(self, trials: Sequence[Trial]) -> None:
         """Raises Failed for the first trial that fails, after the others have been stopped; they can be resumed."""
@@ -81,9 +136,10 @@ class Conductor:
                 for future in as_completed(futures):
                     future.result()
             except BaseException:
-                self.stopping.set()
-                for process in list(self.running):
-                    process.terminate()
+                with self.starting:
+                    self.stopping.set()
+                    for process in self.running:
+                        process.terminate()
                 raise
 
     def _try(self, trial: Trial) -> None:
@@ -107,15 +163,27 @@ class Conductor:
         sheet = ["--sheet", str(run / "sheet.png")]
         self._wait(trial, [sys.executable, str(self.judge), str(run), *counts, *sheet], place)
         record = record_of(trial, self.study.variants[trial.variant].label, run) | {"machine": machine(self.workers)}
-        replace_file(record_path(self.out, trial), (json.dumps(record, indent=1) + "\n").encode())
+        _write_record(record_path(self.out, trial), record)
 
     def _wait(self, trial: Trial, command: Sequence[str], place: Place) -> None:
-        """Run a command of a trial to its end, its output in the trial's log; tell of the steps that it makes."""
+        """Run a command of a trial to its end, its output in the trial's log; tell of the steps that it makes.
+
+        In a session of its own: Ctrl-C reaches this process alone, which asks the others to stop, so that they save.
+        """
         run = self.out / trial.name
         told = steps_done(run)
-        with (run / LOG_FILE).open("ab") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=place.environment)
-        self.running.add(process)
+        with self.starting, (run / LOG_FILE).open("ab") as log:
+            if self.stopping.is_set():
+                raise Failed(f"{trial.name} was stopped; start again to go on")
+            process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=place.environment,
+                start_new_session=True,
+                preexec_fn=end_with_parent,
+            )
+            self.running.add(process)
         try:
             while True:
                 try:
@@ -128,7 +196,8 @@ class Conductor:
                     self.made(done - told)
                     told = done
         finally:
-            self.running.discard(process)
+            with self.starting:
+                self.running.discard(process)
         if status == STOPPED:
             raise Failed(f"{trial.name} was stopped; start again to go on")
         if status:

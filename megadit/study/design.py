@@ -18,19 +18,23 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from megadit.model.count import forward_flops
 from megadit.training.config import RunConfig, check, check_inputs, load_config
 
 FLOPS_TOLERANCE = 0.01
+STRICT = ConfigDict(extra="forbid")  # an unknown key is an error
 
 
 @dataclass(frozen=True)
 class Variant:
     """One of what is compared. set: `section.key=value` overrides of the base."""
+
+    __pydantic_config__ = STRICT
 
     label: str = ""
     set: tuple[str, ...] = ()
@@ -40,8 +44,10 @@ class Variant:
 class JudgeConfig:
     """Pictures of each task, of combinations that training shows and of held-out ones, and the seed of their noise."""
 
-    trained: int = 100
-    heldout: int = 40
+    __pydantic_config__ = STRICT
+
+    trained: Annotated[int, Field(ge=1)] = 100
+    heldout: Annotated[int, Field(ge=0)] = 40
     seed: int = 1
 
 
@@ -49,9 +55,11 @@ class JudgeConfig:
 class Study:
     """What is compared with what. The first variant is what the others are set against."""
 
+    __pydantic_config__ = STRICT
+
     name: str
     base: str
-    variants: dict[str, Variant]
+    variants: Annotated[dict[str, Variant], Field(min_length=1)]
     seeds: tuple[int, ...] = (0, 1, 2)
     set: tuple[str, ...] = ()
     same_flops: bool = False
@@ -105,6 +113,7 @@ def read_study(path: Path) -> Study:
             config = trial.config()
             check(config, 1)
             check_inputs(config)
+            _check_judged(config)
         except ValueError as error:
             raise ValueError(f"{path}: variant {trial.variant}: {error}") from error
         flops[trial.variant] = forward_flops(config.model, config.text)
@@ -113,6 +122,14 @@ def read_study(path: Path) -> Study:
         told = ", ".join(f"{name} {value / 1e6:.2f}" for name, value in flops.items())
         raise ValueError(f"{path}: same_flops, but a forward pass takes (MFLOP) {told}; change model.ffn_ratio")
     return study
+
+
+def _check_judged(config: RunConfig) -> None:
+    """Raises ValueError for a run without the figures that a record has."""
+    if config.data.kind != "shapes":
+        raise ValueError(f"data.kind={config.data.kind}, and the judge reads shapes alone; use data.kind=shapes")
+    if not config.log.evaluate_every:
+        raise ValueError("log.evaluate_every=0 leaves no held-out loss to compare; use log.evaluate_every=200")
 
 
 def trials(study: Study, path: Path) -> Iterator[Trial]:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from megadit.study.summary import HELDOUT_LOSS, SCORE, SCORE_HELDOUT, Variant
 
 COLOURS = ("#2a78d6", "#d9562b", "#3a9b56", "#8b5cc7", "#b8860b", "#c2378b")
+
+
+class Figure(NamedTuple):
+    """What draws a figure to a path, and what it shows, in words."""
+
+    draw: Callable[[Sequence[Variant], Path], None]
+    caption: str
 
 
 def _pyplot() -> Any:
@@ -22,14 +29,12 @@ def _pyplot() -> Any:
     return plt
 
 
-def draw_curves(variants: Sequence[Variant], path: Path) -> str:
-    """Held-out loss over steps: means of the seeds, and their range. Returns a caption."""
+def draw_curves(variants: Sequence[Variant], path: Path) -> None:
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
     for i, variant in enumerate(variants):
         colour = COLOURS[i % len(COLOURS)]
-        looks = np.array([record["heldout_curve"] for record in variant.records])
-        steps, losses = looks[0, :, 0], looks[:, :, 1]
+        steps, losses = curves_of(variant)
         axes.plot(steps, losses.mean(axis=0), color=colour, label=variant.label, marker="o", markersize=3)
         axes.fill_between(steps, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.2, linewidth=0)
     axes.set(xlabel="step", ylabel="held-out velocity loss, averaged weights", yscale="log")
@@ -38,11 +43,18 @@ def draw_curves(variants: Sequence[Variant], path: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
-    return "held-out loss of each variant over the steps, mean and range over the seeds"
 
 
-def draw_measures(variants: Sequence[Variant], path: Path) -> str:
-    """Held-out loss and scores with 95 % intervals, a row for each variant. Returns a caption."""
+def curves_of(variant: Variant) -> tuple[list[int], np.ndarray[Any, np.dtype[np.float64]]]:
+    """Steps at which every seed has a finite held-out loss, and the losses [seed, step]: a run that is stopped at such
+    a step goes on without that look.
+    """
+    looks = [{step: loss for step, loss in record["heldout_curve"] if loss is not None} for record in variant.records]
+    steps = sorted(set.intersection(*map(set, looks)))
+    return steps, np.array([[look[step] for step in steps] for look in looks])
+
+
+def draw_measures(variants: Sequence[Variant], path: Path) -> None:
     plt = _pyplot()
     measures = (HELDOUT_LOSS, SCORE, SCORE_HELDOUT)
     height = 1.2 + 0.42 * len(variants)
@@ -66,4 +78,11 @@ def draw_measures(variants: Sequence[Variant], path: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
-    return "held-out loss and scores of each variant: means of the seeds with 95 % intervals, and each seed"
+
+
+FIGURES = {
+    "curves": Figure(draw_curves, "held-out loss of each variant over the steps, mean and range over the seeds"),
+    "measures": Figure(
+        draw_measures, "held-out loss and scores of each variant: means of the seeds with 95 % intervals, and each seed"
+    ),
+}

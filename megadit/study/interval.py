@@ -22,7 +22,7 @@ class Interval(NamedTuple):
 
 
 def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Student's t over independent repeats, such as the seeds of a training; of one repeat the bounds are infinite.
+    """Student's t over repeats, such as the seeds of a training; of one repeat the bounds are infinite.
 
     >>> round(interval([1.0, 2.0, 3.0]).high, 3)  # 2 + 4.303 x 1 / sqrt(3)
     4.484

@@ -10,36 +10,46 @@ A part is what stands between two comments; the first says from which records, b
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from megadit.runtime.disk import replace_file
-from megadit.study.figures import draw_curves, draw_measures
-from megadit.study.summary import Variant, read_records
+from megadit.study.figures import FIGURES
+from megadit.study.summary import read_records
 from megadit.study.tables import TABLES
 
 PART = re.compile(
-    r"(<!-- study (?P<records>\S+): (?P<what>\w+)(?: (?P<file>\S+))? -->\n)(?P<body>.*?)(<!-- end -->)", re.S
+    r"(<!-- study (?P<records>\S+): (?P<what>\w+)(?: (?P<file>\S+))? -->\n)"
+    r"(?P<body>(?:(?!<!-- study ).)*?)(<!-- end -->)",
+    re.S,
 )
-FIGURES: dict[str, Callable[[list[Variant], Path], str]] = {"curves": draw_curves, "measures": draw_measures}
 
 
 def fill(page: Path, write: bool = True) -> list[str]:
-    """The marked parts that have changed. Writes the page and its figures, unless `write` is False.
+    """The marked parts that have changed. Writes the page and its figures, unless `write` is False: then only whether
+    figures are there is looked at.
 
-    Raises ValueError naming what cannot be read, or a part that is of no kind.
+    Raises ValueError naming what cannot be read, a part that does not end, or one that is of no kind.
     """
     try:
         text = page.read_text()
     except OSError as error:
         raise ValueError(f"{page}: {error.strerror}") from error
+    whole = {part.start() for part in PART.finditer(text)}
+    for begin in re.finditer("<!-- study .*", text):
+        if begin.start() not in whole:
+            raise ValueError(
+                f"{page}: {begin[0]} is no part: it has no end before the next, or is not <!-- study PATH: WHAT -->"
+            )
     changed = []
 
     def filled(part: re.Match[str]) -> str:
         what, file, variants = part["what"], part["file"], read_records(page.parent / part["records"])
         if file and what in FIGURES:
-            alternative = FIGURES[what](variants, page.parent / file) if write else _alternative(part["body"])
-            body = f"![{alternative}]({file})\n"
+            if write:
+                FIGURES[what].draw(variants, page.parent / file)
+            elif not (page.parent / file).exists():
+                changed.append(part[1].strip())
+            body = f"![{FIGURES[what].caption}]({file})\n"
         elif what in TABLES:
             body = TABLES[what](variants)
         else:
@@ -53,8 +63,3 @@ def fill(page: Path, write: bool = True) -> list[str]:
     if write:
         replace_file(page, new.encode())
     return changed
-
-
-def _alternative(body: str) -> str:
-    found = re.match(r"!\[(.*)\]", body)
-    return found[1] if found else ""

@@ -83,6 +83,13 @@ def verdict(one: Variant, first: Variant, measure: Measure) -> str:
     return compared(mine, other, measure.larger_is_better)
 
 
+def difference(one: Variant, first: Variant, measure: Measure) -> Interval | None:
+    """The mean over the seeds of what a trial has more than the first variant's of the same seed."""
+    pairs = [(measure.of(a), measure.of(b)) for a, b in zip(one.records, first.records, strict=True)]
+    known = [a - b for a, b in pairs if a is not None and b is not None]
+    return interval(known) if len(known) == len(pairs) else None
+
+
 def tasks_of(variants: Sequence[Variant]) -> list[str]:
     """The tasks that were judged."""
     return list(variants[0].records[0]["score"]["tasks"])

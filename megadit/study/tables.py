@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
 from megadit.study.interval import Interval
 from megadit.study.summary import (
@@ -13,6 +14,7 @@ from megadit.study.summary import (
     STEP_TIME,
     Measure,
     Variant,
+    difference,
     task_rate,
     tasks_of,
     verdict,
@@ -48,16 +50,19 @@ def setup(variants: Sequence[Variant]) -> str:
     """What all trials have in common, in a sentence."""
     records = [record for variant in variants for record in variant.records]
     first, seeds = records[0], [record["seed"] for record in variants[0].records]
-    machine = first["machine"]
-    where = ", ".join(machine["gpus"]) or f"{machine['cores']} CPU cores ({machine['cpu']})"
-    minutes = sum(record["training_seconds"] for record in records) / machine["trials_side_by_side"] / 60
+    where = dict.fromkeys(_where(record["machine"]) for record in records)  # of different ones, each once
+    minutes = sum(r["training_seconds"] / r["machine"]["trials_side_by_side"] for r in records) / 60
     skipped = sum(record["skipped"] for record in records)
     return (
         f"{len(records)} trials: {len(variants)} variants with seeds {', '.join(map(str, seeds))}; {first['steps']:,} "
-        f"steps on {first['images']:,} images each; {where}, {machine['trials_side_by_side']} trials side by side, "
-        f"torch {machine['torch']}; {minutes:.0f} minutes of training in all; steps left out for numbers "
-        f"that were not finite: {skipped}.\n"
+        f"steps on {first['images']:,} images each; {'; '.join(where)}; {minutes:.0f} minutes of training in all; "
+        f"steps left out for numbers that were not finite: {skipped}.\n"
     )
+
+
+def _where(machine: Mapping[str, Any]) -> str:
+    where = ", ".join(machine["gpus"]) or f"{machine['cores']} CPU cores ({machine['cpu']})"
+    return f"{where}, {machine['trials_side_by_side']} trials side by side, torch {machine['torch']}"
 
 
 def sizes(variants: Sequence[Variant]) -> str:
@@ -98,6 +103,14 @@ def verdicts(variants: Sequence[Variant]) -> str:
     return table([f"beside {first.label}", *(measure.name.removesuffix(", %") for measure in measures)], rows)
 
 
+def differences(variants: Sequence[Variant]) -> str:
+    """Each variant less the first one of the same seed, which shares its data and noise."""
+    first, *others = variants
+    measures = (SCORE, SCORE_HELDOUT, HELDOUT_LOSS)
+    rows = [[other.label, *(shown(difference(other, first, m), m) for m in measures)] for other in others]
+    return table([f"less {first.label}", *(measure.name for measure in measures)], rows)
+
+
 def overview(variants: Sequence[Variant]) -> str:
     """Loss and score of many variants, and what may be concluded beside the first."""
     first, measures = variants[0], (HELDOUT_LOSS, SCORE, STEP_TIME)
@@ -136,5 +149,5 @@ def best(variants: Sequence[Variant]) -> str:
 
 TABLES: dict[str, Callable[[list[Variant]], str]] = {
     table.__name__: table  # type: ignore[misc]
-    for table in (setup, sizes, scores, heldout_scores, verdicts, overview, routing, best)
+    for table in (setup, sizes, scores, heldout_scores, verdicts, differences, overview, routing, best)
 }

@@ -16,7 +16,7 @@ set: [run.steps=5]
 same_flops: true
 variants:
   expert_choice: {label: expert choice}
-  dense: {set: [model.experts=0, model.ffn_ratio=6]}
+  dense: {set: [model.experts=0, model.ffn_ratio=6.6667]}
 """
 
 
@@ -39,7 +39,7 @@ def test_trials_are_every_variant_of_a_seed_before_the_next_seed(study):
     made = list(trials(read_study(path), path))
     assert [trial.name for trial in made] == [f"{v}_seed{s}" for s in (3, 4) for v in ("expert_choice", "dense")]
     config = made[-1].config()
-    assert (config.run.seed, config.run.steps, config.model.experts, config.model.ffn_ratio) == (4, 5, 0, 6)
+    assert (config.run.seed, config.run.steps, config.model.experts, config.model.ffn_ratio) == (4, 5, 0, 6.6667)
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
@@ -61,10 +61,19 @@ def test_the_three_of_the_comparison_do_the_same_work():
     [
         ("[3, 4]", "[3]", r"seeds \[3\] must be two or more, all different"),
         ("[3, 4]", "[3, 3]", r"seeds \[3, 3\] must be two or more, all different"),
-        ("ffn_ratio=6", "ffn_ratio=4", r"same_flops, but a forward pass takes \(MFLOP\) expert_choice"),
+        ("ffn_ratio=6.6667", "ffn_ratio=4", r"same_flops, but a forward pass takes \(MFLOP\) expert_choice"),
         ("model.experts=0", "model.expert=0", "variant dense: unknown key model.expert; the nearest is model.experts"),
         ("base.yaml", "none.yaml", "none.yaml: No such file"),
         ("variants:", "variant:", "variants: Field required"),
+        ("same_flops", "same_flop", "same_flop: Unexpected keyword argument"),
+        ("{set:", "{sets:", "variants.dense.sets: Unexpected keyword argument"),
+        ("seeds:", "judge: {trained: 0}\nseeds:", "judge.trained: Input should be greater than or equal to 1"),
+        ("run.steps=5", "log.evaluate_every=0", "log.evaluate_every=0 leaves no held-out loss"),
+        (
+            "run.steps=5",
+            "data.kind=digits, model.image_size=8, model.patch=2, model.channels=1",
+            "the judge reads shapes",
+        ),
         ("name: small", "name: [", "not valid YAML"),
     ],
 )

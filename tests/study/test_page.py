@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from megadit.study.figures import curves_of
 from megadit.study.page import fill
 from megadit.study.summary import read_records
 from megadit.study.tables import TABLES
@@ -44,6 +45,32 @@ def test_parts_are_filled_and_the_rest_stays(page):
     assert (page.parent / "images/curves.png").stat().st_size > 10_000
     assert "](images/curves.png)" in text
     assert fill(page) == []
+    (page.parent / "images/curves.png").unlink()
+    assert fill(page, write=False) == ["<!-- study records: curves images/curves.png -->"]
+
+
+def test_differences_are_of_the_same_seed(tmp_path):
+    write_records(tmp_path / "records")
+    text = TABLES["differences"](read_records(tmp_path / "records"))
+    # -10, 0, 0 points: mean -3.3, half of the interval 4.302653 x 5.7735 / sqrt(3); each loss is 0.02 more.
+    assert "| dense | -3.3 ± 14.3 |" in text and "| 0.0200 ± 0.0000 |" in text
+
+
+def test_a_run_that_missed_a_look_has_a_curve(tmp_path):
+    write_records(tmp_path / "records")
+    path = tmp_path / "records" / "dense_seed1.json"
+    made = json.loads(path.read_text())
+    path.write_text(json.dumps(made | {"heldout_curve": [[100, made["heldout_loss"]]]}))
+    steps, losses = curves_of(read_records(tmp_path / "records")[1])
+    assert steps == [100] and losses.tolist() == [[0.120], [0.121], [0.122]]
+
+
+@pytest.mark.parametrize(("old", "new"), [("old\n<!-- end -->", "old"), ("records: scores", "records scores")])
+def test_a_part_that_is_not_whole_loses_no_words(page, old, new):
+    page.write_text(PAGE.replace(old, new))
+    with pytest.raises(ValueError, match=r"page.md: <!-- study records:? scores --> is no part"):
+        fill(page)
+    assert page.read_text() == PAGE.replace(old, new)
 
 
 def test_a_figure_that_was_changed_by_hand_is_found(page):
@@ -77,5 +104,5 @@ def test_records_that_are_not_there_or_not_whole_are_named(page):
         fill(page)
     page.write_text("<!-- study records: prices -->\n<!-- end -->\n")
     (folder / "dense_seed2.json").write_text(json.dumps(record("dense", "dense", 1, 2, 0.1, 8, 3)))
-    with pytest.raises(ValueError, match="prices -->' is of no kind|prices --> is of no kind; there are setup"):
+    with pytest.raises(ValueError, match="prices --> is of no kind; there are setup"):
         fill(page)
