@@ -1,4 +1,4 @@
-"""Makes docs/images/playground.png: python -m tests.playground.screenshot RUN "a picture of a red circle" --seed 5"""
+"""Makes docs/images/playground.png: python -m tests.playground.screenshot RUN "a ring left of a cross" --steps 10 --step 4"""
 
 import argparse
 import shutil
