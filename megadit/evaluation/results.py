@@ -62,3 +62,10 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from error
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of a file, cut at line ends alone: JSON may hold other separators, such as U+2028. Raises as
+    `read_text`.
+    """
+    return read_text(path).split("\n")  # \r\n is \n by now
