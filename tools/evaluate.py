@@ -122,12 +122,12 @@ def run_heldout(args: argparse.Namespace, process: Process) -> Answer:
     return {**result, "line": lines[-1]}, lines, args.json or args.run / "heldout.json"
 
 
-def prompts_of(args: argparse.Namespace, painter: Painter, count: int) -> list[str]:
-    """What a run draws: the lines of --prompts in turn, else the held-out captions."""
+def prompts_of(args: argparse.Namespace, painter: Painter) -> list[str]:
+    """What a run draws: the lines of --prompts in turn, else what the held-out images are told."""
     if args.prompts:
         lines = read_prompts(str(args.prompts))
         return [lines[i % len(lines)] for i in range(args.samples or len(lines))]
-    return heldout_prompts(painter.sampler.config, painter.sampler.condition, count)
+    return heldout_prompts(args.run, painter.sampler.condition, args.samples)
 
 
 def is_run(folder: Path) -> bool:
@@ -140,8 +140,14 @@ def two_sets(
     """(what was compared, in what features, those of the real images, of the drawn ones), the last two on rank 0."""
     if len(args.sets) > 2:
         raise ValueError(f"{len(args.sets)} folders; give the real images and the drawn ones, or one run")
-    if len(args.sets) == 1 and not is_run(args.sets[0]):
+    runs = of_main(lambda: [folder for folder in args.sets if is_run(folder)])
+    if len(args.sets) == 1 and not runs:
         raise ValueError(f"{args.sets[0]} is no run ({CONFIG_FILE} is not there); of images, give two folders")
+    if len(args.sets) == 2 and runs:
+        raise ValueError(
+            f"{runs[0]} is a run, not a set of pictures: give it alone to judge what it draws, or a folder of pictures "
+            "such as tools/sample.py --folder writes"
+        )
     with together():
         check_judges()
         extractor = open_extractor(args.features, process.device)
@@ -153,7 +159,7 @@ def two_sets(
     painter = open_painter(args, process)
     with together():
         share = open_share(args.run, painter.sampler)
-    prompts = of_main(lambda: prompts_of(args, painter, args.samples or share.total))
+    prompts = of_main(lambda: prompts_of(args, painter))
     decoded = f", decoded by {painter.decoder.name}" if painter.decoder.name else ""
     settings = {"real": f"held-out images of {args.run}{decoded}", "drawn": painter.identity()}
     real_features = heldout_features(share, painter, extractor)
@@ -185,7 +191,8 @@ def compared(
 
     found, lines = of_main(result)
     last = args.sets[-1]
-    return found, lines, args.json or (last / f"{name}.json" if is_run(last) else beside(last, f"{name}.json"))
+    path = last / f"{name}.json" if len(args.sets) == 1 else beside(last, f"{name}.json")  # of a run, or of two sets
+    return found, lines, args.json or path
 
 
 def run_fid(args: argparse.Namespace, process: Process) -> Answer:
@@ -210,13 +217,12 @@ def run_clip_score(args: argparse.Namespace, process: Process) -> Answer:
     with together():
         check_judges()
         score = ClipScore(args.clip, process.device)
-    if is_run(args.place):
+    if of_main(lambda: is_run(args.place)):
         args.run = args.place
         painter = open_painter(args, process)
         with together():
             painter.check_reads_text("a CLIP score")
-            count = args.samples or open_share(args.run, painter.sampler).total
-        captions = of_main(lambda: prompts_of(args, painter, count))
+        captions = of_main(lambda: prompts_of(args, painter))
         add_all(of_drawn(painter, captions), captions, score)
         settings: dict[str, Any] = {"drawn": painter.identity()}
         path = args.place / "clip_score.json"

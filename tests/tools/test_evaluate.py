@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -159,6 +160,18 @@ def test_a_clip_score_of_a_folder_of_genevals_folder_and_of_a_run(sets, judges, 
     assert found["images"] == 5 and found["settings"]["drawn"]["step"] == 2
 
 
+def test_a_clip_score_of_other_prompts_needs_no_held_out_images(trained, judges, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a seven\nthe digit two\n")
+    run = shutil.copytree(trained / "text", tmp_path / "run")
+    config = (run / "config.yaml").read_text()
+    assert "kind: digits" in config
+    (run / "config.yaml").write_text(config.replace("kind: digits", "kind: arrays"))  # of a file that is not there
+    command = ["clip-score", run, "--clip", judges["clip"], "--steps", 1]
+    assert on_ranks(1, *command) == [2]
+    assert on_ranks(1, *command, "--prompts", tmp_path / "prompts.txt") == [0]
+    assert json.loads((run / "clip_score.json").read_text())["images"] == 2
+
+
 def test_heldout_writes_a_table_a_result_and_a_plot(trained, tmp_path):
     done = run_tool("heldout", trained / "text", "--bins", 2, "--plot", tmp_path / "loss.png")
     assert done.returncode == 0, done.stderr
@@ -211,6 +224,8 @@ def test_geneval_is_drawn_checked_and_its_results_read(trained, tmp_path):
         ("fid {real} {sets} --features {dinov2}", "no images in it"),
         ("fid {real} {bad} --features {dinov2}", "bad/1.png cannot be used"),
         ("fid {real} {real} {real} --features {dinov2}", "3 folders"),
+        ("fid {real} {text} --features {dinov2}", "text is a run, not a set of pictures: give it alone to judge what"),
+        ("kid {class} {real} --features {dinov2}", "class is a run, not a set .* as tools/sample.py --folder writes"),
         ("fid {real} {real} --features {none}", "none: neither the folder"),
         ("clip-score {real} --clip {clip}", "000.png has no caption: 000.txt"),
         ("clip-score {class} --clip {clip}", "is told classes"),
