@@ -48,6 +48,7 @@ from megadit.sampling.prompts import read_prompts
 from megadit.training.config import CONFIG_FILE
 from megadit.training.decoder import open_decoder
 from megadit.training.restore import PICTURES_PER_CALL, open_sampler
+from megadit.training.trained_sizes import warn_of_size
 
 Answer = tuple[dict[str, Any], list[str], Path]  # the result, what to print of it, and the JSON to write
 
@@ -76,6 +77,8 @@ the held-out captions, or of --prompts.""",
 good. Noise and times are the same at every call, for every run and every layout, so numbers of two runs on one data set
 can be compared.""",
 }
+HELDOUT = """held-out images that a data-parallel replica takes at a time, rounded up to whole groups of those that are
+routed together"""
 PLACE = "a folder of images, or a run's folder"
 
 
@@ -90,36 +93,44 @@ def open_painter(args: argparse.Namespace, process: Process) -> Painter:
         decoder = open_decoder(sampler.config, args.autoencoder, process.device)
         painter = Painter(args.run, sampler, decoder, sampler.config.sample, args.seed, args.size, args.batch)
         painter.check_shows()
+    of_main(partial(warn_of_size, sampler.config, painter.latent_size, decoder.cell))
     return painter
 
 
 def run_geneval(args: argparse.Namespace, process: Process) -> Answer:
+    of_main(partial(drawing.check_out, args.out))
     painter = open_painter(args, process)
     result = drawing.draw_geneval(painter, args.prompts, args.out, args.samples)
     return result, [result["line"]], args.json or drawing.settings_path(args.out)
 
 
 def run_dpg(args: argparse.Namespace, process: Process) -> Answer:
+    of_main(partial(drawing.check_out, args.out))
     result = drawing.draw_dpg(open_painter(args, process), args.prompts, args.out)
     return result, [result["line"]], args.json or drawing.settings_path(args.out)
 
 
 def run_heldout(args: argparse.Namespace, process: Process) -> Answer:
     if args.plot:
+        of_main(heldout.check_plots)
         of_main(partial(check_writable, args.plot))
     sampler = open_sampler(args.run, process, options.asked(args, ParallelConfig()), reads_prompts=False)
     with together():
         share = open_share(args.run, sampler, args.batch)
     bar = partial(tqdm, desc="passes over the held-out images", dynamic_ncols=True, disable=not process.is_main)
-    bins = heldout.summarise(heldout.losses_by_bin(sampler, share, args.bins, args.seed, bar), sampler.config.objective)
+    losses = heldout.losses_by_bin(sampler, share, args.bins, args.seed, bar)
+    heldout.check_finite(losses, f"{args.run}, step {sampler.step}")
+    bins = heldout.summarise(losses, sampler.config.objective)
     settings = {"run": str(args.run), "step": sampler.step, "seed": args.seed, "dtype": sampler.config.run.dtype}
-    result = {"settings": settings, **heldout.to_dict(bins), "images": share.total, "versions": versions()}
-    lines = heldout.table(bins)
+    lines, path = heldout.table(bins), args.json or args.run / "heldout.json"
+    numbers = {**heldout.to_dict(bins), "images": share.total}
+    result = {"settings": settings, **numbers, "versions": versions(), "line": lines[-1]}
     if args.plot:
         title = f"{args.run.name}, step {sampler.step}"
+        of_main(lambda: write_json(path, result))  # the numbers are kept, whatever becomes of the plot
         of_main(lambda: heldout.save_plot(bins, args.plot, title))
         lines.insert(-1, str(args.plot))
-    return {**result, "line": lines[-1]}, lines, args.json or args.run / "heldout.json"
+    return result, lines, path
 
 
 def prompts_of(args: argparse.Namespace, painter: Painter) -> list[str]:
@@ -279,7 +290,8 @@ def make_parser() -> argparse.ArgumentParser:
         first, _, _ = HELP[name].replace("\n", " ").partition(". ")
         one = commands.add_parser(name, help=first.partition(":")[0], description=HELP[name])
         one.set_defaults(do=do, alone=alone)
-        one.add_argument("--json", type=Path, help="where the result goes; default: beside what was judged")
+        if not alone:
+            one.add_argument("--json", type=Path, help="where the result goes; default: beside what was judged")
         return one
 
     one = command("geneval", run_geneval)
@@ -306,6 +318,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     one = command("summary", run_summary, alone=True)
     one.add_argument("results", type=Path, help="the scorer's results.jsonl")
+    one.add_argument("--json", type=Path, help="where the scores go, too; default: they are printed alone")
 
     for name, do in (("fid", run_fid), ("kid", run_kid)):
         one = command(name, do)
@@ -325,7 +338,7 @@ def make_parser() -> argparse.ArgumentParser:
         add_painting(one)
     one.add_argument("--subsets", type=options.positive, default=SUBSETS, help="of kid (default: %(default)s)")
     one.add_argument(
-        "--subset-size", type=options.positive, default=SUBSET_SIZE, help="images (default: %(default)s, if there)"
+        "--subset-size", type=options.several, default=SUBSET_SIZE, help="images (default: %(default)s, if there)"
     )
 
     one = command("clip-score", run_clip_score)
@@ -343,8 +356,8 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("run", type=Path, help="a run's folder")
     one.add_argument("--bins", type=options.positive, default=heldout.BINS, help="of times (default: %(default)s)")
     one.add_argument("--seed", type=int, default=0, help="of noise and times (default: %(default)s)")
-    one.add_argument("--plot", type=Path, help="a PNG of the losses by time")
-    options.add_batch(options.add_layout(one), BATCH)
+    one.add_argument("--plot", type=options.png, help="a PNG of the losses by time")
+    options.add_batch(options.add_layout(one), BATCH, HELDOUT)
     return parser
 
 

@@ -13,7 +13,16 @@ from megadit.data.stored import StoredCaptions
 from megadit.diffusion.objective import ObjectiveConfig
 from megadit.diffusion.timesteps import logit_normal
 from megadit.encoders.condition import Captions, Labels
-from megadit.evaluation.heldout import losses_by_bin, noised, summarise, table, times_below, to_dict
+from megadit.evaluation.heldout import (
+    check_finite,
+    check_plots,
+    losses_by_bin,
+    noised,
+    summarise,
+    table,
+    times_below,
+    to_dict,
+)
 from megadit.evaluation.heldout_split import heldout_prompts, open_share
 from megadit.parallel.grid import ParallelConfig
 from megadit.runtime.launch import Process
@@ -132,6 +141,35 @@ def test_means_and_errors_are_numpys():
     assert sum(one.trained for one in bins) == pytest.approx(1)
     assert json.loads(json.dumps(found)) == found
     assert len(table(bins)) == 6 and "0.25 - 0.50" in table(bins)[2]
+
+
+def test_the_error_of_one_image_is_not_known():
+    bins = summarise(np.ones((2, 1)), ObjectiveConfig())
+    found = to_dict(bins)
+    assert [one["error"] for one in found["bins"]] == [None, None] and found["loss_uniform"] == 1
+    json.dumps(found, allow_nan=False)
+
+
+def test_losses_that_are_not_finite_are_refused_by_checkpoint():
+    losses = np.ones((3, 4))
+    check_finite(losses, "runs/x, step 7")
+    losses[1, 2], losses[0, 3] = np.nan, np.inf
+    with pytest.raises(ValueError, match="runs/x, step 7: the held-out loss is not finite, of image 2 for one"):
+        check_finite(losses, "runs/x, step 7")
+
+
+def test_a_plot_without_matplotlib_is_refused(monkeypatch):
+    check_plots()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="the plot needs matplotlib: .*, or leave --plot out"):
+        check_plots()
+
+
+def test_all_times_may_be_one():
+    objective = ObjectiveConfig(logit_mean=0.0, logit_std=0.0)
+    assert [times_below(t, objective) for t in (0.0, 0.4, 0.6, 1.0)] == [0, 0, 1, 1]
+    bins = summarise(np.ones((3, 2)), objective)
+    assert [one.trained for one in bins] == [0, 1, 0]
 
 
 @pytest.mark.parametrize("objective", [ObjectiveConfig(), ObjectiveConfig(logit_mean=0.5, logit_std=0.7, shift=3.0)])
