@@ -66,8 +66,9 @@ run this before sending a folder anywhere. Prints a line for each fault; status 
 correct pictures, and overall the unweighted mean of the six tasks.""",
     "fid": """Frechet distance between two sets of images (arXiv 1706.08500), in the features of a network on this
 machine. Of two folders of images, the real ones first; or of a run: its data set's held-out images against pictures of
-the held-out captions. Only numbers with the same features and the same count of images can be compared: the distance is
-biased upwards by few images. Published FIDs are of Inception-v3's features and mostly of 50,000 or 30,000 images.""",
+their captions or classes, or of --prompts, which an encoded data set needs whose captions encoders read. Only numbers
+with the same features and the same count of images can be compared: the distance is biased upwards by few images.
+Published FIDs are of Inception-v3's features and mostly of 50,000 or 30,000 images.""",
     "kid": """Kernel distance between two sets of images (arXiv 1801.01401): unbiased, so also for few images. Sets and
 features as of fid.""",
     "clip-score": """100 times the mean cosine between pictures and their captions, in a CLIP on this machine
