@@ -29,8 +29,10 @@ from megadit.sampling.generate import SampleConfig
 # With the prompt, without it, and by how many experts more a patch is picked with it.
 Branch = Literal["conditional", "unconditional", "difference"]
 BRANCHES: tuple[Branch, ...] = get_args(Branch)
-NO_BRANCH = """there is no {} branch: no step is drawn without the prompt; set a guidance other than 1, between times \
-that steps begin at"""
+NO_BRANCH = (
+    "there is no {} branch: no step is drawn without the prompt; set a guidance other than 1, between times that "
+    "steps begin at"
+)
 
 
 class Recordable(Protocol):
