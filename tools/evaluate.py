@@ -48,6 +48,7 @@ from megadit.sampling.prompts import read_prompts
 from megadit.training.config import CONFIG_FILE
 from megadit.training.decoder import open_decoder
 from megadit.training.restore import PICTURES_PER_CALL, open_sampler
+from megadit.training.trained_sizes import warn_of_size
 
 Answer = tuple[dict[str, Any], list[str], Path]  # the result, what to print of it, and the JSON to write
 
@@ -65,8 +66,9 @@ run this before sending a folder anywhere. Prints a line for each fault; status 
 correct pictures, and overall the unweighted mean of the six tasks.""",
     "fid": """Frechet distance between two sets of images (arXiv 1706.08500), in the features of a network on this
 machine. Of two folders of images, the real ones first; or of a run: its data set's held-out images against pictures of
-the held-out captions. Only numbers with the same features and the same count of images can be compared: the distance is
-biased upwards by few images. Published FIDs are of Inception-v3's features and mostly of 50,000 or 30,000 images.""",
+their captions or classes, or of --prompts, which an encoded data set needs whose captions encoders read. Only numbers
+with the same features and the same count of images can be compared: the distance is biased upwards by few images.
+Published FIDs are of Inception-v3's features and mostly of 50,000 or 30,000 images.""",
     "kid": """Kernel distance between two sets of images (arXiv 1801.01401): unbiased, so also for few images. Sets and
 features as of fid.""",
     "clip-score": """100 times the mean cosine between pictures and their captions, in a CLIP on this machine
@@ -76,6 +78,8 @@ the held-out captions, or of --prompts.""",
 good. Noise and times are the same at every call, for every run and every layout, so numbers of two runs on one data set
 can be compared.""",
 }
+HELDOUT = """held-out images that a data-parallel replica takes at a time, rounded up to whole groups of those that are
+routed together"""
 PLACE = "a folder of images, or a run's folder"
 
 
@@ -90,44 +94,52 @@ def open_painter(args: argparse.Namespace, process: Process) -> Painter:
         decoder = open_decoder(sampler.config, args.autoencoder, process.device)
         painter = Painter(args.run, sampler, decoder, sampler.config.sample, args.seed, args.size, args.batch)
         painter.check_shows()
+    of_main(partial(warn_of_size, sampler.config, painter.latent_size, decoder.cell))
     return painter
 
 
 def run_geneval(args: argparse.Namespace, process: Process) -> Answer:
+    of_main(partial(drawing.check_out, args.out))
     painter = open_painter(args, process)
     result = drawing.draw_geneval(painter, args.prompts, args.out, args.samples)
     return result, [result["line"]], args.json or drawing.settings_path(args.out)
 
 
 def run_dpg(args: argparse.Namespace, process: Process) -> Answer:
+    of_main(partial(drawing.check_out, args.out))
     result = drawing.draw_dpg(open_painter(args, process), args.prompts, args.out)
     return result, [result["line"]], args.json or drawing.settings_path(args.out)
 
 
 def run_heldout(args: argparse.Namespace, process: Process) -> Answer:
     if args.plot:
+        of_main(heldout.check_plots)
         of_main(partial(check_writable, args.plot))
     sampler = open_sampler(args.run, process, options.asked(args, ParallelConfig()), reads_prompts=False)
     with together():
         share = open_share(args.run, sampler, args.batch)
     bar = partial(tqdm, desc="passes over the held-out images", dynamic_ncols=True, disable=not process.is_main)
-    bins = heldout.summarise(heldout.losses_by_bin(sampler, share, args.bins, args.seed, bar), sampler.config.objective)
+    losses = heldout.losses_by_bin(sampler, share, args.bins, args.seed, bar)
+    heldout.check_finite(losses, f"{args.run}, step {sampler.step}")
+    bins = heldout.summarise(losses, sampler.config.objective)
     settings = {"run": str(args.run), "step": sampler.step, "seed": args.seed, "dtype": sampler.config.run.dtype}
-    result = {"settings": settings, **heldout.to_dict(bins), "images": share.total, "versions": versions()}
-    lines = heldout.table(bins)
+    lines, path = heldout.table(bins), args.json or args.run / "heldout.json"
+    numbers = {**heldout.to_dict(bins), "images": share.total}
+    result = {"settings": settings, **numbers, "versions": versions(), "line": lines[-1]}
     if args.plot:
         title = f"{args.run.name}, step {sampler.step}"
+        of_main(lambda: write_json(path, result))  # the numbers are kept, whatever becomes of the plot
         of_main(lambda: heldout.save_plot(bins, args.plot, title))
         lines.insert(-1, str(args.plot))
-    return {**result, "line": lines[-1]}, lines, args.json or args.run / "heldout.json"
+    return result, lines, path
 
 
-def prompts_of(args: argparse.Namespace, painter: Painter, count: int) -> list[str]:
-    """What a run draws: the lines of --prompts in turn, else the held-out captions."""
+def prompts_of(args: argparse.Namespace, painter: Painter) -> list[str]:
+    """What a run draws: the lines of --prompts in turn, else what the held-out images are told."""
     if args.prompts:
         lines = read_prompts(str(args.prompts))
         return [lines[i % len(lines)] for i in range(args.samples or len(lines))]
-    return heldout_prompts(painter.sampler.config, painter.sampler.condition, count)
+    return heldout_prompts(args.run, painter.sampler.condition, args.samples)
 
 
 def is_run(folder: Path) -> bool:
@@ -140,8 +152,14 @@ def two_sets(
     """(what was compared, in what features, those of the real images, of the drawn ones), the last two on rank 0."""
     if len(args.sets) > 2:
         raise ValueError(f"{len(args.sets)} folders; give the real images and the drawn ones, or one run")
-    if len(args.sets) == 1 and not is_run(args.sets[0]):
+    runs = of_main(lambda: [folder for folder in args.sets if is_run(folder)])
+    if len(args.sets) == 1 and not runs:
         raise ValueError(f"{args.sets[0]} is no run ({CONFIG_FILE} is not there); of images, give two folders")
+    if len(args.sets) == 2 and runs:
+        raise ValueError(
+            f"{runs[0]} is a run, not a set of pictures: give it alone to judge what it draws, or a folder of pictures "
+            "such as tools/sample.py --folder writes"
+        )
     with together():
         check_judges()
         extractor = open_extractor(args.features, process.device)
@@ -153,7 +171,7 @@ def two_sets(
     painter = open_painter(args, process)
     with together():
         share = open_share(args.run, painter.sampler)
-    prompts = of_main(lambda: prompts_of(args, painter, args.samples or share.total))
+    prompts = of_main(lambda: prompts_of(args, painter))
     decoded = f", decoded by {painter.decoder.name}" if painter.decoder.name else ""
     settings = {"real": f"held-out images of {args.run}{decoded}", "drawn": painter.identity()}
     real_features = heldout_features(share, painter, extractor)
@@ -185,7 +203,8 @@ def compared(
 
     found, lines = of_main(result)
     last = args.sets[-1]
-    return found, lines, args.json or (last / f"{name}.json" if is_run(last) else beside(last, f"{name}.json"))
+    path = last / f"{name}.json" if len(args.sets) == 1 else beside(last, f"{name}.json")  # of a run, or of two sets
+    return found, lines, args.json or path
 
 
 def run_fid(args: argparse.Namespace, process: Process) -> Answer:
@@ -210,13 +229,12 @@ def run_clip_score(args: argparse.Namespace, process: Process) -> Answer:
     with together():
         check_judges()
         score = ClipScore(args.clip, process.device)
-    if is_run(args.place):
+    if of_main(lambda: is_run(args.place)):
         args.run = args.place
         painter = open_painter(args, process)
         with together():
             painter.check_reads_text("a CLIP score")
-            count = args.samples or open_share(args.run, painter.sampler).total
-        captions = of_main(lambda: prompts_of(args, painter, count))
+        captions = of_main(lambda: prompts_of(args, painter))
         add_all(of_drawn(painter, captions), captions, score)
         settings: dict[str, Any] = {"drawn": painter.identity()}
         path = args.place / "clip_score.json"
@@ -273,7 +291,8 @@ def make_parser() -> argparse.ArgumentParser:
         first, _, _ = HELP[name].replace("\n", " ").partition(". ")
         one = commands.add_parser(name, help=first.partition(":")[0], description=HELP[name])
         one.set_defaults(do=do, alone=alone)
-        one.add_argument("--json", type=Path, help="where the result goes; default: beside what was judged")
+        if not alone:
+            one.add_argument("--json", type=Path, help="where the result goes; default: beside what was judged")
         return one
 
     one = command("geneval", run_geneval)
@@ -300,6 +319,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     one = command("summary", run_summary, alone=True)
     one.add_argument("results", type=Path, help="the scorer's results.jsonl")
+    one.add_argument("--json", type=Path, help="where the scores go, too; default: they are printed alone")
 
     for name, do in (("fid", run_fid), ("kid", run_kid)):
         one = command(name, do)
@@ -319,7 +339,7 @@ def make_parser() -> argparse.ArgumentParser:
         add_painting(one)
     one.add_argument("--subsets", type=options.positive, default=SUBSETS, help="of kid (default: %(default)s)")
     one.add_argument(
-        "--subset-size", type=options.positive, default=SUBSET_SIZE, help="images (default: %(default)s, if there)"
+        "--subset-size", type=options.several, default=SUBSET_SIZE, help="images (default: %(default)s, if there)"
     )
 
     one = command("clip-score", run_clip_score)
@@ -337,8 +357,8 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("run", type=Path, help="a run's folder")
     one.add_argument("--bins", type=options.positive, default=heldout.BINS, help="of times (default: %(default)s)")
     one.add_argument("--seed", type=int, default=0, help="of noise and times (default: %(default)s)")
-    one.add_argument("--plot", type=Path, help="a PNG of the losses by time")
-    options.add_batch(options.add_layout(one), BATCH)
+    one.add_argument("--plot", type=options.png, help="a PNG of the losses by time")
+    options.add_batch(options.add_layout(one), BATCH, HELDOUT)
     return parser
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megadit.model.config import ECDiTConfig
 from megadit.parallel.grid import ParallelConfig
 from megadit.runtime.agreement import of_main, together
 from megadit.runtime.launch import Process
@@ -34,9 +35,11 @@ from megadit.sampling.evenness import Row, printed, table, write_csv, write_json
 from megadit.sampling.folder import writing
 from megadit.sampling.generate import SampleConfig
 from megadit.sampling.heatmap import ALPHA, Scene, decoded, save_animation, sheet, spread_steps
-from megadit.sampling.routing import BRANCHES, Branch, Trace, check_experts, recorded
+from megadit.sampling.routing import BRANCHES, Branch, Trace, check_branch, check_experts, recorded
+from megadit.training.config import sampling_of
 from megadit.training.decoder import Decoder, open_decoder
 from megadit.training.restore import Sampler, open_sampler
+from megadit.training.trained_sizes import warn_of_size
 
 ANIMATIONS = ("gif", "webp", "apng", "none")
 BRANCH = """the maps with the prompt, those without it (which guidance steers away from), or by how many experts a patch
@@ -48,6 +51,16 @@ def layer_numbers(text: str) -> list[int]:
     if not all(part.strip().isdecimal() for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"{text} is not of the form 1,3,5: numbers of layers, counted from 0")
     return [int(part) for part in text.split(",")]
+
+
+def png_or_folder(text: str) -> Path:
+    """Where to write, for argparse."""
+    path = Path(text)
+    if path.suffix == ".png":
+        return options.png(text)
+    if path.suffix and not text.endswith("/") and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no PNG, nor a folder that is there; end a new folder's name in /")
+    return path
 
 
 class Files(NamedTuple):
@@ -94,12 +107,18 @@ def draw(sampler: Sampler, prompt: str, seed: int, size: tuple[int, int] | None,
     return Drawing(trace, torch.cat([began_SCHW, image_CHW[None].to(began_SCHW.device, began_SCHW.dtype)]))
 
 
-def chosen_layers(trace: Trace, wanted: list[int] | None) -> list[int]:
-    """Places in trace.layers of the wanted ones, None: all. Raises ValueError for a layer without experts."""
+def check_layers(config: ECDiTConfig, wanted: list[int] | None) -> None:
+    """Raises ValueError for a model without experts, and for a layer without them."""
+    check_experts(config)
+    layers = [layer for layer in range(config.layers) if config.is_moe(layer)]
     for layer in wanted or []:
-        if layer not in trace.layers:
-            known = ", ".join(map(str, trace.layers))
+        if layer not in layers:
+            known = ", ".join(map(str, layers))
             raise ValueError(f"--layers {layer}: that layer has no experts; those of this run have: {known}")
+
+
+def chosen_layers(trace: Trace, wanted: list[int] | None) -> list[int]:
+    """Places in trace.layers of the wanted ones, None: all."""
     return [i for i, layer in enumerate(trace.layers) if not wanted or layer in wanted]
 
 
@@ -177,7 +196,9 @@ def arguments() -> argparse.Namespace:
         "prompt", help="what to draw: a caption, or a class's number if the run is conditioned on classes"
     )
     parser.add_argument(
-        "--out", type=Path, help="a PNG, beside which the rest is written, or a folder; default: the run's folder"
+        "--out",
+        type=png_or_folder,
+        help="a PNG, beside which the rest is written, or a folder; default: the run's folder",
     )
     parser.add_argument("--branch", choices=BRANCHES, default="conditional", help=BRANCH)
     parser.add_argument(
@@ -210,15 +231,17 @@ def run(args: argparse.Namespace, process: Process) -> None:
     parallel, sample = options.asked(args, ParallelConfig()), options.given(args, SampleConfig)
     sampler = open_sampler(args.run, process, parallel, args.online, sample=sample)
     config = sampler.config
-    check_experts(config.model)
+    check_layers(config.model, args.layers)
     with together():
         decoder = open_decoder(config, args.autoencoder, process.device, args.online)
         size = decoder.latent_size(args.size, config.model.patch)
     sampler.check([args.prompt])
+    square = (config.model.image_size, config.model.image_size)
+    check_branch(args.branch, sampling_of(config, config.sample, size or square))
+    of_main(partial(warn_of_size, config, size, decoder.cell))
     of_main(files.prepare)
     drawing = draw(sampler, args.prompt, args.seed, size, quiet=not process.is_main)
-    chosen_layers(drawing.trace, args.layers)  # a fault that all ranks see
-    drawing.trace.maps(args.branch)
+    drawing.trace.maps(args.branch)  # a fault that all ranks see
     of_main(partial(write, drawing, decoder, args, config.sample, files))
 
 

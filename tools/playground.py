@@ -32,12 +32,12 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=7860, help="0: any that is free (default: %(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="the address that is listened at (default: %(default)s)")
     parser.add_argument("--device", help="that draws, such as cuda:1 or cpu; default: a GPU where there is one")
-    parser.add_argument("--online", action="store_true", help="download encoders that are not on this machine")
+    parser.add_argument("--online", action="store_true", help="download a run's encoders that are not on this machine")
     return parser.parse_args()
 
 
-def check_folder(folder: Path) -> None:
-    """Raises ValueError for a folder that is neither a run nor a pipeline."""
+def check_folder(folder: Path, online: bool) -> None:
+    """Raises ValueError for a folder that is neither a run nor a pipeline, and for --online with a pipeline."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder; name a run, or a pipeline that save_pretrained wrote")
     if not (folder / CONFIG_FILE).is_file() and not (folder / INDEX_FILE).is_file():
@@ -45,6 +45,8 @@ def check_folder(folder: Path) -> None:
             f"{folder} is neither a run (it has no {CONFIG_FILE}) nor a pipeline (it has no {INDEX_FILE}); name a "
             "training's run.dir, or a folder that save_pretrained wrote"
         )
+    if online and (folder / INDEX_FILE).is_file():
+        raise ValueError(f"--online is for runs: {folder} is a pipeline, which has its encoders in it")
 
 
 def device_of(name: str | None) -> torch.device:
@@ -72,7 +74,7 @@ def main() -> int:
     setup_logging(0)
     folder = args.folder.expanduser()
     try:
-        check_folder(folder)
+        check_folder(folder, args.online)
         server = Server(args.host, args.port)
         pipe = open_pipeline(folder, device_of(args.device), args.online)
     except ValueError as error:

@@ -28,7 +28,6 @@ exit statuses: 0 done; 2 the input was refused, before anything was drawn, or a 
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -55,9 +54,7 @@ from megadit.sampling.prompts import read_prompts
 from megadit.training.config import RunConfig, check_sizes
 from megadit.training.decoder import Decoder, open_decoder
 from megadit.training.restore import PICTURES_PER_CALL, Sampler, open_sampler, read_drawn
-from megadit.training.trained_sizes import untrained_size
-
-logger = logging.getLogger("megadit")
+from megadit.training.trained_sizes import warn_of_size
 
 PROMPTS = """what to draw: captions, or numbers of classes if the run is conditioned on classes;
 default: the data set's held-out ones"""
@@ -83,7 +80,7 @@ def arguments() -> argparse.Namespace:
     options.add_size(options.add_drawing(parser))
 
     where = parser.add_argument_group("where it is written")
-    where.add_argument("--out", type=Path, help="the grid, a PNG; default: samples.png in the run's folder")
+    where.add_argument("--out", type=options.png, help="the grid, a PNG; default: samples.png in the run's folder")
     where.add_argument("--columns", type=options.positive, default=10, help="of the grid (default: %(default)s)")
     where.add_argument(
         "--zoom", type=options.positive, default=6, help="width of a pixel of the grid (default: %(default)s)"
@@ -152,6 +149,7 @@ class Job:
             "height": size[0] * self.decoder.cell,
             "width": size[1] * self.decoder.cell,
             "autoencoder": self.decoder.name,
+            "dtype": self.sampler.config.run.dtype,
             **asdict(self.settings),
         }
 
@@ -171,9 +169,7 @@ def prepare(args: argparse.Namespace, process: Process) -> Job:
         check_sizes(config, [size] if size else [])
     sampler = open_sampler(args.run, process, parallel, args.online, sample=sample)
     prompts = prompts or of_main(lambda: default_prompts(sampler.config, sampler.condition, args.count))
-    warning = of_main(lambda: untrained_size(config, size, decoder.cell))
-    if warning:
-        logger.warning("%s", warning)
+    of_main(partial(warn_of_size, config, size, decoder.cell))
     prompts = [prompt for prompt in prompts for _ in range(args.repeat)]
     sampler.check(prompts)
     return Job(args.run, sampler, decoder, prompts, args.seed, size, args.batch, process.is_main)

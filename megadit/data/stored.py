@@ -8,27 +8,50 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megadit.data.mixture import MixedBucket, Mixture, Split, padded
+from megadit.data.mixture import MixedBucket, Mixture, Place, Split, padded
 from megadit.data.order import within
 from megadit.encoders.condition import Condition, Labels
 
 
-class StoredCaptions:
-    """A `Condition` whose prompts are numbers of samples: what a run draws along the way, without an encoder.
+class Numbered:
+    """The held-out samples of a mixture by number, from 0; where none are held out, those to train on.
 
-    They count, from 0, the held-out samples of the mixture's largest bucket, data set after data set; where none are
-    held out, those to train on.
+    Bucket after bucket, the largest first, and data set after data set: a bucket that is dropped at a larger batch is
+    among the last, so that the numbers of the others do not depend on it.
     """
 
     def __init__(self, mixture: Mixture) -> None:
         self.mixture = mixture
+        self._split: Split = "heldout" if mixture.wanted.heldout else "train"
+        buckets = sorted(mixture.buckets, key=lambda bucket: -bucket.samples)
+        counted = [(bucket.name, _counts(mixture, self._split, bucket.name)) for bucket in buckets]
+        self._parts = [(name, dataset) for name, counts in counted for dataset in range(len(counts))]
+        self._ends = np.cumsum([count for _, counts in counted for count in counts])
+        self.in_largest = sum(counted[0][1])  # so many, from 0, are of the bucket of most samples
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def place(self, number: int) -> Place:
+        """Where the sample is."""
+        (part,), index_N = within(self._ends, np.array([number]))
+        bucket, dataset = self._parts[part]
+        (place,) = self.mixture.locate(self._split, dataset, bucket, index_N)
+        return place
+
+
+class StoredCaptions:
+    """A `Condition` whose prompts are numbers of samples, see `Numbered`: what a run draws along the way, without an
+    encoder.
+    """
+
+    def __init__(self, mixture: Mixture) -> None:
+        self.mixture, self.samples = mixture, Numbered(mixture)
         self.nothing = mixture.nothing()
-        self._bucket = largest(mixture)
-        self._split, self._counts = shown(mixture, self._bucket.name)
 
     def __len__(self) -> int:
         """The number of prompts."""
-        return sum(self._counts)
+        return len(self.samples)
 
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Each sample's first caption. Raises ValueError for a prompt that is not the number of a sample."""
@@ -50,16 +73,18 @@ class StoredCaptions:
         return []
 
     def _told(self, prompt: str) -> dict[str, Tensor]:
-        (dataset,), index_N = within(np.cumsum(self._counts), np.array([int(prompt)]))
-        ((path, row),) = self.mixture.locate(self._split, int(dataset), self._bucket.name, index_N)
+        path, row = self.samples.place(int(prompt))
         return padded(self.mixture.reader(path).sample(row).captions[0], self.mixture.wanted.length)
 
 
 def numbers(condition: Condition, count: int) -> list[str]:
-    """So many prompts of a condition whose prompts are numbers, in turn. Raises ValueError for one that reads text."""
+    """So many prompts of a condition whose prompts are numbers, in turn: of classes, or of captions of the largest
+    bucket, in which pictures along the way are drawn. Raises ValueError for one that reads text.
+    """
     if not isinstance(condition, StoredCaptions | Labels):
         raise ValueError("no prompts; say what to draw: an encoded data set does not hold its captions as text")
-    return [str(i % len(condition)) for i in range(count)]
+    known = condition.samples.in_largest if isinstance(condition, StoredCaptions) else len(condition)
+    return [str(i % known) for i in range(count)]
 
 
 def largest(mixture: Mixture) -> MixedBucket:
@@ -67,10 +92,9 @@ def largest(mixture: Mixture) -> MixedBucket:
     return max(mixture.buckets, key=lambda bucket: bucket.samples)
 
 
-def shown(mixture: Mixture, bucket: str) -> tuple[Split, list[int]]:
-    """(the split that prompts are taken of, its samples of a bucket in each data set)."""
-    heldout = [counts.get(bucket, 0) for counts in mixture.heldout_counts()]
-    if any(heldout):
-        return "heldout", heldout
+def _counts(mixture: Mixture, split: Split, bucket: str) -> list[int]:
+    """A bucket's samples in each data set."""
+    if split == "heldout":
+        return [counts.get(bucket, 0) for counts in mixture.heldout_counts()]
     counts = {share.dataset: share.samples for share in mixture.shares[bucket]}
-    return "train", [counts.get(dataset, 0) for dataset in range(len(mixture.sources))]
+    return [counts.get(dataset, 0) for dataset in range(len(mixture.sources))]

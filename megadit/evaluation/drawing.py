@@ -22,7 +22,7 @@ from megadit.evaluation.painter import Painter
 from megadit.evaluation.results import beside, read_text, versions, write_json
 from megadit.runtime.agreement import of_main, together
 from megadit.runtime.disk import replace_file
-from megadit.sampling.folder import writing
+from megadit.sampling.folder import check_writable, writing
 from megadit.sampling.picture import write_png
 
 
@@ -42,13 +42,24 @@ def settings_path(out: Path) -> Path:
     return beside(out, "json")
 
 
+def check_out(out: Path) -> None:
+    """Raises ValueError unless a folder of pictures, and what is said of it, could be written there."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder")
+    for path in (out, settings_path(out)):
+        check_writable(path)
+
+
 def begin(out: Path, settings: Mapping[str, Any]) -> None:
     """Make the folder and say what it will hold, or go on in it.
 
-    Raises ValueError for pictures of other settings, or of settings that are not known.
+    Raises ValueError for pictures of other settings, or of settings that are not known, and as `check_out`.
     """
+    check_out(out)
     path = settings_path(out)
     again = "choose another --out, or remove the folder"
+    with writing(out):
+        holds = out.exists() and any(out.iterdir())
     if path.exists():
         try:
             before = json.loads(read_text(path))["settings"]
@@ -61,7 +72,7 @@ def begin(out: Path, settings: Mapping[str, Any]) -> None:
                 f"{out} holds pictures of other settings: {key} was {before.get(key)!r} and is {settings.get(key)!r} "
                 f"now; {again}"
             )
-    elif out.exists() and any(out.iterdir()):
+    elif holds:
         raise ValueError(f"{out} is not empty, and there is no {path} that says what it holds; {again}")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)

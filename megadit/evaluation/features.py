@@ -126,9 +126,10 @@ def open_inception(file: Path, device: torch.device) -> Extractor:
     torch.save(weights, copy)
     copy.seek(0)
     try:
-        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], copy).to(device)
+        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], copy)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: not the weights of torch-fidelity's Inception-v3: {error}") from error
+    network = network.eval().to(device)  # not every release of torch-fidelity does: statistics are the weights' own
 
     @torch.no_grad()
     def extract(pictures: Sequence[Image.Image]) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megadit.evaluation.results import read_text
+from megadit.evaluation.results import lines_of, read_text
 
 # The scorer's name of each task, and how many of the published 553 prompts are of it.
 TASKS = {"single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100}
@@ -54,7 +54,7 @@ def sample_path(root: Path, index: int, sample: int) -> Path:
 def read_prompts(path: Path) -> list[Prompt]:
     """The lines of evaluation_metadata.jsonl. Raises ValueError naming the file, the line and what it lacks."""
     prompts = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(lines_of(path), 1):
         if line.strip():
             prompts.append(Prompt(line.strip(), parse_metadata(line, f"{path}: line {number}")))
     if not prompts:
@@ -134,7 +134,7 @@ def read_scores(path: Path) -> Scores:
     Raises ValueError naming the file, the line and the key at fault.
     """
     found: dict[str, list[bool]] = {}
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(lines_of(path), 1):
         if not line.strip():
             continue
         try:

@@ -21,7 +21,7 @@ from megadit.evaluation.geneval import (
     parse_metadata,
     prompt_folder,
 )
-from megadit.evaluation.results import read_text
+from megadit.evaluation.results import lines_of
 
 _SAMPLE = re.compile(r"\d{4,5}\.png")  # the README has four digits, its script five
 
@@ -62,7 +62,7 @@ def _metadata_faults(folder: Path, prompt: Prompt | None) -> Iterator[str]:
         yield f"{path}: missing; it holds the prompt file's line of this number"
         return
     try:
-        lines = [line for line in read_text(path).splitlines() if line.strip()]
+        lines = [line for line in lines_of(path) if line.strip()]
         if len(lines) != 1:
             yield f"{path}: {len(lines)} lines; it must hold one JSON object"
             return

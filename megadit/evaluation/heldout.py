@@ -7,6 +7,7 @@ pass and the image alone: the same for every run, layout and call.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -90,6 +91,17 @@ def losses_by_bin(
     return losses
 
 
+def check_finite(losses: np.ndarray, checkpoint: str) -> None:
+    """Raises ValueError naming the checkpoint whose losses are not finite, and the first image."""
+    _, images = np.nonzero(~np.isfinite(losses))
+    if len(images):
+        raise ValueError(
+            f"{checkpoint}: the held-out loss is not finite, of image {images.min()} for one; judge a checkpoint from "
+            "before the training diverged, or, if the network overflows in a lower precision, set run.dtype: float32 "
+            "in the run's config.yaml"
+        )
+
+
 def read_together(share: Share) -> Iterator[tuple[Batch, Tensor]]:
     """This rank's batches. Collective: all ranks raise the ValueError of one that cannot read its own."""
     batches = share.batches()
@@ -135,7 +147,10 @@ def times_below(t: float, objective: ObjectiveConfig) -> float:
     if t <= 0 or t >= 1:
         return float(t >= 1)
     before = t / (objective.shift - (objective.shift - 1) * t)  # what shift_time made t of
-    normal = (math.log(before / (1 - before)) - objective.logit_mean) / objective.logit_std
+    logit = math.log(before / (1 - before))
+    if not objective.logit_std:  # all times are one
+        return float(logit > objective.logit_mean)
+    normal = (logit - objective.logit_mean) / objective.logit_std
     return 0.5 * (1 + math.erf(normal / math.sqrt(2)))
 
 
@@ -148,8 +163,9 @@ def totals(bins: Sequence[Bin]) -> dict[str, float]:
 
 
 def to_dict(bins: Sequence[Bin]) -> dict[str, Any]:
-    """For JSON."""
-    return {"bins": [asdict(one) for one in bins], **totals(bins)}
+    """For JSON, which knows no NaN: the standard error of one image is None."""
+    errors = [one.error if one.count > 1 else None for one in bins]
+    return {"bins": [asdict(one) | {"error": error} for one, error in zip(bins, errors, strict=True)], **totals(bins)}
 
 
 def table(bins: Sequence[Bin]) -> list[str]:
@@ -167,16 +183,17 @@ def table(bins: Sequence[Bin]) -> list[str]:
     ]
 
 
-def save_plot(bins: Sequence[Bin], path: Path, title: str) -> None:
-    """A PNG: the loss of each bin with two standard errors.
+def check_plots() -> None:
+    """Raises ValueError where what plots is not installed: before there is something to plot, not after."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("the plot needs matplotlib: pip install -e '.[plots]', or leave --plot out")
 
-    Raises ValueError where matplotlib is not installed, and naming a file that cannot be written.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError(f"the plot needs matplotlib: {error}; install it, or leave --plot out") from error
+
+def save_plot(bins: Sequence[Bin], path: Path, title: str) -> None:
+    """A PNG: the loss of each bin with two standard errors. Raises ValueError naming a file that cannot be written."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

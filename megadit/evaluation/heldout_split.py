@@ -14,8 +14,8 @@ from megadit.data.batch import Batch
 from megadit.data.encoded import EncodedLoader
 from megadit.data.loader import Loader, open_dataset
 from megadit.data.mixture import Mixture
-from megadit.data.stored import numbers
-from megadit.encoders.condition import Condition
+from megadit.data.stored import Numbered, StoredCaptions
+from megadit.encoders.condition import Condition, Labels
 from megadit.runtime.seed import stream
 from megadit.training.config import CONFIG_FILE, RunConfig, load_config
 from megadit.training.encoded import open_mixture
@@ -48,10 +48,8 @@ def open_share(directory: Path, sampler: Sampler, batch: int = BATCH) -> Share:
     trained, ranks = load_config(directory / CONFIG_FILE), sampler.grid["dp"]
     per_rank = -(-batch // sampler.group) * sampler.group
     if trained.data.kind == "shards":
-        mixture = open_mixture(trained)
+        mixture = _open_heldout(trained)
         totals = _totals(mixture)
-        if not sum(totals):
-            raise ValueError(f"data.heldout={trained.data.heldout} holds nothing out; there is nothing to look at")
         alike = copy.copy(mixture)  # in the buckets that were trained on, but in batches of this layout
         alike.wanted = replace(mixture.wanted, global_batch=per_rank * ranks.size)
         loader: Loader | EncodedLoader = EncodedLoader(
@@ -65,19 +63,38 @@ def open_share(directory: Path, sampler: Sampler, batch: int = BATCH) -> Share:
     return Share(loader, sum(totals), sum(math.ceil(total / (per_rank * ranks.size)) for total in totals))
 
 
+def _open_heldout(trained: RunConfig) -> Mixture:
+    """A run's encoded data sets, in the buckets that it trains on. Raises ValueError where nothing is held out."""
+    mixture = open_mixture(replace(trained, data=replace(trained.data, verify=False)))
+    if not sum(_totals(mixture)):
+        raise ValueError(f"data.heldout={trained.data.heldout} holds nothing out; there is nothing to look at")
+    return mixture
+
+
 def _totals(mixture: Mixture) -> list[int]:
     """Held-out samples of each bucket."""
     counts = mixture.heldout_counts()
     return [sum(one.get(bucket.name, 0) for one in counts) for bucket in mixture.buckets]
 
 
-def heldout_prompts(config: RunConfig, condition: Condition, count: int) -> list[str]:
-    """The captions or classes of the first `count` held-out samples, in turn where there are fewer.
+def heldout_prompts(directory: Path, condition: Condition, count: int | None = None) -> list[str]:
+    """What held-out samples of a run's data are told: captions, or numbers of classes or of stored captions.
 
-    Of an encoded data set numbers, of classes or of stored captions; raises ValueError where encoders read its text.
+    count: of so many samples, in turn where there are fewer; None: of each. Of an encoded data set they are spread over
+    all of its buckets. Raises ValueError where nothing is held out, or encoders read the text of an encoded data set.
     """
+    config = load_config(directory / CONFIG_FILE)
     if config.data.kind != "shards":
         dataset = open_dataset(config.data, "heldout", config.model.conditioning)
-        indices = [i % len(dataset) for i in range(count)]
+        indices = [i % len(dataset) for i in range(count or len(dataset))]
         return [dataset.caption(i, stream(config.run.seed, "caption", 0, i)) for i in indices]
-    return numbers(condition, count)
+    if not isinstance(condition, StoredCaptions | Labels):
+        raise ValueError("an encoded data set does not hold its captions as text; say what to draw with --prompts")
+    mixture = _open_heldout(config)
+    samples = Numbered(mixture)
+    total = len(samples)
+    count = count or total
+    chosen = [i * total // count if count < total else i % total for i in range(count)]
+    if isinstance(condition, StoredCaptions):
+        return [str(i) for i in chosen]
+    return [str(mixture.reader(path).label(row)) for path, row in map(samples.place, chosen)]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megadit.encoders.condition import Captions, FrozenCaptions
 from megadit.evaluation.images import to_rgb
+from megadit.runtime.agreement import together
 from megadit.sampling.generate import SampleConfig
 from megadit.training.config import check_sizes
 from megadit.training.decoder import Decoder
@@ -56,10 +57,10 @@ class Painter:
             drawn=drawn,
         )
         for indices, images_BCHW in shares:
-            if sampler.writes and len(indices):
-                yield indices, self.pictures(images_BCHW)
-            else:
-                yield range(0), []
+            own = indices if sampler.writes else range(0)
+            with together():  # one rank's latents may be what cannot be decoded
+                pictures = self.pictures(images_BCHW) if len(own) else []
+            yield own, pictures
 
     def pictures(self, images_BCHW: Tensor) -> list[Image.Image]:
         """Images as the network has them, in RGB."""

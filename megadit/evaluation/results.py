@@ -46,10 +46,16 @@ def beside(folder: Path, ending: str) -> Path:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace a file, its folder made where there is none. Raises ValueError naming one that cannot be written."""
+    """Replace a file, its folder made where there is none. Raises ValueError naming one that cannot be written, also
+    because a number in it is not finite, which JSON does not know.
+    """
+    try:
+        encoded = (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
+    except ValueError as error:
+        raise ValueError(f"{path} is not written: {error}") from error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
+        replace_file(path, encoded)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from error
 
@@ -62,3 +68,10 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from error
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of a file, cut at line ends alone: JSON may hold other separators, such as U+2028. Raises as
+    `read_text`.
+    """
+    return read_text(path).split("\n")  # \r\n is \n by now

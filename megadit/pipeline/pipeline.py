@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,7 +34,7 @@ from megadit.pipeline.request import (
     size_of,
 )
 from megadit.sampling.generate import SampleConfig, generate
-from megadit.sampling.picture import to_bytes
+from megadit.sampling.picture import as_png, to_bytes
 from megadit.sampling.routing import Recording, recorded
 from megadit.training.config import images_per_group
 
@@ -294,15 +293,9 @@ class ECDiTPipeline:
             return latents_BCHW
         pixels_BCHW = self.parts.decoder.decode(latents_BCHW)
         if output_type == "pil":
-            return [as_pil(image) for image in to_bytes(pixels_BCHW)]
+            return [as_png(image) for image in to_bytes(pixels_BCHW)]
         unit_BCHW = (pixels_BCHW / 2 + 0.5).clamp(0, 1)
         return unit_BCHW if output_type == "pt" else as_array(unit_BCHW)
-
-
-def as_pil(bytes_CHW: Tensor) -> Image.Image:
-    """One channel is grey, three are RGB."""
-    pixels = bytes_CHW.permute(1, 2, 0).numpy()
-    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
 def as_array(images_BCHW: Tensor) -> np.ndarray:

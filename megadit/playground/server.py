@@ -67,18 +67,26 @@ class Server(ThreadingHTTPServer):
             raise ValueError(
                 f"port {port} of {host} cannot be had: {why}; choose another one with --port, or 0 for any that is free"
             ) from error
+        self.names = names_of(str(self.server_address[0]))
 
     def server_bind(self) -> None:
-        """Without looking up this machine's name, which may take seconds."""
+        """Without looking up this machine's full name, which may take seconds; see `names_of`."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
 
     @property
     def url(self) -> str:
-        host, port = self.server_address[:2]
-        named = f"[{host!s}]" if ":" in str(host) else str(host)
-        return f"http://{named}:{port}/"
+        host, port = str(self.server_address[0]), self.server_address[1]
+        if ipaddress.ip_address(host).is_unspecified:  # every address of this machine, but none to go to
+            host = socket.gethostname()
+        return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+
+    @property
+    def answers_to(self) -> str:
+        """The hosts of `is_own`, for people."""
+        others = "loopback addresses" if is_loopback(str(self.server_address[0])) else "addresses"
+        return f"{', '.join(self.names)} and {others}"
 
     def serve(self, studio: Studio, page: Page) -> None:
         """Answer requests, until the process ends."""
@@ -95,10 +103,18 @@ class Server(ThreadingHTTPServer):
             name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
         except ValueError:
             return False
-        bound = str(self.server_address[0])
-        if name in ("localhost", bound) or (not is_loopback(bound) and name == socket.gethostname().lower()):
+        if name in self.names:
             return True
-        return is_loopback(name) if is_loopback(bound) else is_address(name)
+        return is_loopback(name) if is_loopback(str(self.server_address[0])) else is_address(name)
+
+
+def names_of(bound: str) -> list[str]:
+    """The names of a server at this address: of one that other machines reach, this machine's, short and full."""
+    if is_loopback(bound):
+        return ["localhost"]
+    named = socket.gethostname().lower()
+    full = socket.getfqdn().lower()  # may take seconds
+    return list(dict.fromkeys(["localhost", named.partition(".")[0], named, full]))
 
 
 def is_address(name: str) -> bool:
@@ -147,7 +163,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _check_host(self) -> None:
         if not self.server.is_own(self.headers.get("Host", "")):
-            raise Refused(HTTPStatus.FORBIDDEN, f"the playground is at {self.server.url}, not at this host")
+            where = f"the playground is at {self.server.url}, not at this host"
+            raise Refused(HTTPStatus.FORBIDDEN, f"{where}; it answers to {self.server.answers_to}")
 
     def _get(self, url: Any) -> None:
         if url.path == "/":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, get_args, get_type_hints
@@ -96,7 +95,7 @@ def whole_number(said: Mapping[str, Any], name: str, default: int, low: int, hig
 def number(said: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:
     """A number from `low` to `high`."""
     value = said.get(name, default)
-    if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
+    if type(value) not in (int, float) or not low <= value <= high:  # NaN is not, either
         raise ValueError(f"{name} is {shortened(value)}; write a number from {low:g} to {high:g}")
     return float(value)
 

@@ -184,8 +184,9 @@ class Watch:
         others = f" and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
         raise NotFinite(
             f"of {len(prompts)} pictures {len(broken)} are not finite, from step {min(steps) + 1} of {len(finite_SB)} "
-            f"on: {named}{others}; draw in run.dtype=float32 if the network overflows in a lower precision, with less "
-            "guidance, or from a checkpoint before the training diverged"
+            f"on: {named}{others}; draw with less guidance, from a checkpoint before the training diverged, or, if the "
+            "network overflows in a lower precision, in float32: run.dtype in the run's config.yaml, torch_dtype of a "
+            "pipeline"
         )
 
 

@@ -9,12 +9,16 @@ import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from megadit.parallel.grid import ParallelConfig
 from megadit.sampling.generate import SampleConfig
 
 Options = TypeVar("Options", SampleConfig, ParallelConfig)
+
+DRAWN = """pictures that a data-parallel replica takes at a time, whole groups of those that are routed together;
+guidance doubles what the network sees"""
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -26,6 +30,23 @@ def positive(text: str) -> int:
     if number <= 0:
         raise argparse.ArgumentTypeError(f"{text} is not more than 0")
     return number
+
+
+def several(text: str) -> int:
+    """A whole number above 1, for argparse."""
+    if positive(text) == 1:
+        raise argparse.ArgumentTypeError("1 is not more than 1")
+    return int(text)
+
+
+def png(text: str) -> Path:
+    """A PNG to be written, for argparse."""
+    path = Path(text)
+    if path.suffix != ".png":
+        raise argparse.ArgumentTypeError(f"{text} does not end in .png")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; name a file in it")
+    return path
 
 
 def height_width(text: str) -> tuple[int, int]:
@@ -124,15 +145,9 @@ def add_layout(parser: argparse.ArgumentParser) -> Any:
     return group
 
 
-def add_batch(group: Any, default: int) -> None:
-    """Images of one call of the network on one rank."""
-    group.add_argument(
-        "--batch",
-        type=positive,
-        default=default,
-        help="pictures that a data-parallel replica takes at a time, whole groups of those that are routed together; "
-        "guidance doubles what the network sees (default: %(default)s)",
-    )
+def add_batch(group: Any, default: int, what: str = DRAWN) -> None:
+    """Images of one call of the network on one rank; `what` they are, for the help."""
+    group.add_argument("--batch", type=positive, default=default, help=f"{what} (default: %(default)s)")
 
 
 # --- what was said ----------------------------------------------------------------------------------------------------

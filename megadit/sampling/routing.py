@@ -15,17 +15,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from megadit.diffusion.guidance import Guidance
 from megadit.diffusion.sampler import Progress
+from megadit.diffusion.timesteps import sampling_times
 from megadit.model.config import ECDiTConfig
 from megadit.model.ecdit import ECDiT
 from megadit.model.moe import MoE
 from megadit.parallel.grid import Group
 from megadit.parallel.pipeline.schedule import Listener
 from megadit.runtime.agreement import gathered
+from megadit.sampling.generate import SampleConfig
 
 # With the prompt, without it, and by how many experts more a patch is picked with it.
 Branch = Literal["conditional", "unconditional", "difference"]
 BRANCHES: tuple[Branch, ...] = get_args(Branch)
+NO_BRANCH = (
+    "there is no {} branch: no step is drawn without the prompt; set a guidance other than 1, between times that "
+    "steps begin at"
+)
 
 
 class Recordable(Protocol):
@@ -94,10 +101,7 @@ class Trace:
         conditional_SLT = self.conditional_NLBT[self.firsts, :, image]
         unconditional_SLT = self.unconditional_NLBT[self.firsts, :, image]
         if branch != "conditional" and not self.is_guided:
-            raise ValueError(
-                f"there is no {branch} branch: no step was drawn without the prompt; set a guidance other than 1, "
-                "between times that steps begin at"
-            )
+            raise ValueError(NO_BRANCH.format(branch))
         return {
             "conditional": conditional_SLT,
             "unconditional": unconditional_SLT,
@@ -190,6 +194,14 @@ def check_experts(config: ECDiTConfig) -> None:
         f"no layer of this model has experts ({why}), so nothing is routed; "
         "take a run with model.experts of at least 1, in at least one layer"
     )
+
+
+def check_branch(branch: Branch, settings: SampleConfig) -> None:
+    """Raises ValueError for a branch that pictures of these settings have no map of, before they are drawn."""
+    guidance = Guidance(settings.guidance, begin=settings.guidance_from, end=settings.guidance_until)
+    begins = sampling_times(settings.steps, settings.shift)[:-1].tolist()
+    if branch != "conditional" and not any(map(guidance.applies, begins)):
+        raise ValueError(NO_BRANCH.format(branch))
 
 
 @contextmanager

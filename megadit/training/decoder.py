@@ -46,13 +46,18 @@ class Decoder(NamedTuple):
 def open_decoder(config: RunConfig, asked_for: str | None, device: torch.device, online: bool = False) -> Decoder:
     """That of the autoencoder which --autoencoder names, else of the run's.
 
-    `online`: one that is not on this machine is downloaded. Raises ValueError if it is not there, or nothing says
-    which that is.
+    `online`: one that is not on this machine is downloaded. Raises ValueError if it is not there, if its latents are
+    not the run's, or nothing says which that is.
     """
     named = named_autoencoder(config, asked_for)
     if named is None:
         return Decoder()
     autoencoder = Autoencoder.load(named.name, device, torch.float32, named.revision, online)
+    if autoencoder.channels != config.model.channels:
+        raise ValueError(
+            f"the autoencoder {named.name} has latents of {autoencoder.channels} channels, the run {config.directory} "
+            f"draws {config.model.channels}; name the one that its data was encoded with: --autoencoder"
+        )
     return Decoder.of(autoencoder, named.name)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from pathlib import Path
 
 from megadit.data.manifest import read_manifest
 from megadit.training.config import RunConfig
+
+logger = logging.getLogger("megadit")
 
 
 def trained_sizes(config: RunConfig) -> list[tuple[int, int]]:
@@ -32,6 +35,12 @@ def untrained_size(config: RunConfig, size: tuple[int, int] | None, cell: int = 
             return None
         return f"pictures of {told(asked, cell)}: the sizes that the model was trained on are not known ({error})"
     return not_among(known, asked, cell)
+
+
+def warn_of_size(config: RunConfig, size: tuple[int, int] | None, cell: int = 1) -> None:
+    """In the log, of a size that the run was not trained on; arguments as of `untrained_size`."""
+    if warning := untrained_size(config, size, cell):
+        logger.warning("%s", warning)
 
 
 def not_among(known: Collection[tuple[int, int]], size: tuple[int, int], cell: int = 1) -> str | None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -73,6 +74,25 @@ def draw_geneval(rank, world_size, run, parallel, prompts, out, settings):
 
 def draw_dpg(rank, world_size, run, parallel, prompts, out):
     return drawing.draw_dpg(painter_of(rank, world_size, run, parallel), prompts, out)
+
+
+def fails_on_rank_1(rank, world_size, run, prompts, out):
+    """What each rank hears of a decoder that refuses on one of them."""
+
+    def decode(images_BCHW):
+        if rank == 1:
+            raise ValueError("these latents cannot be decoded")
+        return images_BCHW
+
+    painter = painter_of(rank, world_size, run, ParallelConfig(), decoder=Decoder(decode))
+    with pytest.raises(ValueError) as refused:
+        drawing.draw_geneval(painter, prompts, out)
+    return str(refused.value)
+
+
+def test_all_ranks_end_where_one_cannot_decode(trained, prompt_file, tmp_path):
+    heard = run_ranks(fails_on_rank_1, 2, trained / "digits", prompt_file, tmp_path / "out")
+    assert heard == ["these latents cannot be decoded"] * 2
 
 
 def pixels(path):
@@ -162,6 +182,12 @@ def test_a_folder_of_other_settings_is_refused(trained, prompt_file, tmp_path):
         run_ranks(draw_geneval, 1, trained / "digits", None, prompt_file, out, {})
 
 
+def test_a_file_in_place_of_the_folder_is_refused_on_all_ranks(trained, prompt_file, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(ValueError, match="--out .*out is a file; name a folder"):
+        run_ranks(draw_geneval, 2, trained / "digits", None, prompt_file, tmp_path / "out", {})
+
+
 def test_a_run_that_is_told_classes_is_refused(trained, prompt_file, prompt_folder, tmp_path):
     for draw, prompts, extra in ((draw_geneval, prompt_file, [{}]), (draw_dpg, prompt_folder, [])):
         with pytest.raises(ValueError, match=r"is told classes \(model.conditioning=class\), not captions; .* needs a"):
@@ -210,7 +236,9 @@ def test_a_folder_without_prompts_is_refused(files, message, tmp_path):
 
 def test_latents_are_decoded(tmp_path):
     tiny.make_autoencoder(tmp_path / "vae", channels=4, downscale=2)
-    decoder = open_decoder(RunConfig(), str(tmp_path / "vae"), torch.device("cpu"))
+    run = RunConfig()
+    run = replace(run, model=replace(run.model, channels=4))
+    decoder = open_decoder(run, str(tmp_path / "vae"), torch.device("cpu"))
     config = SimpleNamespace(model=SimpleNamespace(channels=4, patch=1))
     sampler = SimpleNamespace(config=config)
     pictures = Painter(tmp_path, sampler, decoder, None, 0).pictures(torch.randn(2, 4, 4, 6))

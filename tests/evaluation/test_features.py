@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -95,6 +97,30 @@ def test_inception_names_the_packages_that_it_needs(tmp_path):
         open_extractor(tmp_path / "inception.pth", CPU)
 
 
+class Normalised(torch.nn.Module):
+    """In place of torch-fidelity's network: like some of its releases, it is in training mode when it is made."""
+
+    def __init__(self, name, layers, weights):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm2d(3)
+
+    def forward(self, pixels_BCHW):
+        return (self.norm(pixels_BCHW.float()).mean((2, 3)),)
+
+
+def test_inception_is_not_in_training_mode(tmp_path, monkeypatch):
+    stand_in = ModuleType("torch_fidelity.feature_extractor_inceptionv3")
+    stand_in.FeatureExtractorInceptionV3 = Normalised
+    monkeypatch.setitem(sys.modules, "torch_fidelity", ModuleType("torch_fidelity"))
+    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    torch.save({}, tmp_path / "inception.pth")
+    extractor, shown = open_extractor(tmp_path / "inception.pth", CPU), pictures(2)
+    # Statistics as at the start, mean 0 and variance 1: those of a picture itself would make its means 0.
+    means = torch.tensor(np.stack([np.asarray(one).mean((0, 1)) for one in shown])).float()
+    for _ in range(2):
+        torch.testing.assert_close(extractor.extract(shown), means, rtol=1e-4, atol=0)
+
+
 @pytest.mark.skipif(not HAS_INCEPTION, reason="needs torch-fidelity and torchvision")
 def test_inceptions_features_are_torch_fidelitys_and_nothing_is_unpickled(tmp_path, capfd):
     import io
@@ -111,11 +137,13 @@ def test_inceptions_features_are_torch_fidelitys_and_nothing_is_unpickled(tmp_pa
         patch.setattr(torch, "load", lambda *_, **__: {})
         patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
         made.__init__("inception-v3-compat", ["2048"], io.BytesIO())
+    made.eval()
     torch.save(made.state_dict(), tmp_path / "inception.pth")
     extractor = open_extractor(tmp_path / "inception.pth", CPU)
     shown = pictures(2, sizes=((16, 16), (40, 20)))
     expected = [made(torch.from_numpy(np.array(one)).permute(2, 0, 1)[None])[0] for one in shown]
-    torch.testing.assert_close(extractor.extract(shown), torch.cat(expected))
+    for _ in range(2):
+        torch.testing.assert_close(extractor.extract(shown), torch.cat(expected))
     (tmp_path / "inception.pth").write_bytes(pickle.dumps(Shouts()))
     with pytest.raises(ValueError, match="not weights that torch can read without running code"):
         open_extractor(tmp_path / "inception.pth", CPU)

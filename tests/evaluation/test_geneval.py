@@ -73,6 +73,18 @@ def test_a_file_without_prompts_is_refused(tmp_path):
         geneval.read_prompts(tmp_path / "empty.jsonl")
 
 
+def test_a_line_ends_at_a_line_end_alone(tmp_path, folder):
+    """JSON may hold the separators U+2028 and U+0085 as they are."""
+    line = LINES[0].replace("a bench", "a\u2028bench\x85")
+    path = tmp_path / "odd.jsonl"
+    path.write_bytes(f"{LINES[1]}\r\n{line}\n".encode())
+    assert [prompt.line for prompt in geneval.read_prompts(path)] == [LINES[1], line]
+    (folder / "00000/metadata.jsonl").write_text(f"{line}\n", encoding="utf-8")
+    assert check_folder(folder) == []
+    path.write_text('{"tag": "colors", "correct": true, "prompt": "a\u2028b"}\n', encoding="utf-8")
+    assert geneval.read_scores(path).tasks == {"colors": (1, 1)}
+
+
 def test_the_published_layout_has_no_fault(folder, prompts):
     assert check_folder(folder) == check_folder(folder, prompts) == []
     for path in folder.glob("*/grid.png"):

@@ -7,14 +7,29 @@ import numpy as np
 import pytest
 import torch
 
+from megadit.data.encoded import EncodedLoader
 from megadit.data.loader import open_dataset
+from megadit.data.stored import StoredCaptions
 from megadit.diffusion.objective import ObjectiveConfig
 from megadit.diffusion.timesteps import logit_normal
-from megadit.evaluation.heldout import losses_by_bin, noised, summarise, table, times_below, to_dict
-from megadit.evaluation.heldout_split import open_share
+from megadit.encoders.condition import Captions, Labels
+from megadit.evaluation.heldout import (
+    check_finite,
+    check_plots,
+    losses_by_bin,
+    noised,
+    summarise,
+    table,
+    times_below,
+    to_dict,
+)
+from megadit.evaluation.heldout_split import heldout_prompts, open_share
 from megadit.parallel.grid import ParallelConfig
 from megadit.runtime.launch import Process
+from megadit.training.config import load_config
+from megadit.training.encoded import open_mixture
 from megadit.training.restore import open_sampler
+from tests.conversion.made import make_run
 from tests.data.encoded_sets import write_set
 from tests.ranks import run_ranks, train_on
 from tests.training.test_encoded import SHARDS, SIZES
@@ -128,6 +143,35 @@ def test_means_and_errors_are_numpys():
     assert len(table(bins)) == 6 and "0.25 - 0.50" in table(bins)[2]
 
 
+def test_the_error_of_one_image_is_not_known():
+    bins = summarise(np.ones((2, 1)), ObjectiveConfig())
+    found = to_dict(bins)
+    assert [one["error"] for one in found["bins"]] == [None, None] and found["loss_uniform"] == 1
+    json.dumps(found, allow_nan=False)
+
+
+def test_losses_that_are_not_finite_are_refused_by_checkpoint():
+    losses = np.ones((3, 4))
+    check_finite(losses, "runs/x, step 7")
+    losses[1, 2], losses[0, 3] = np.nan, np.inf
+    with pytest.raises(ValueError, match="runs/x, step 7: the held-out loss is not finite, of image 2 for one"):
+        check_finite(losses, "runs/x, step 7")
+
+
+def test_a_plot_without_matplotlib_is_refused(monkeypatch):
+    check_plots()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="the plot needs matplotlib: .*, or leave --plot out"):
+        check_plots()
+
+
+def test_all_times_may_be_one():
+    objective = ObjectiveConfig(logit_mean=0.0, logit_std=0.0)
+    assert [times_below(t, objective) for t in (0.0, 0.4, 0.6, 1.0)] == [0, 0, 1, 1]
+    bins = summarise(np.ones((3, 2)), objective)
+    assert [one.trained for one in bins] == [0, 1, 0]
+
+
 @pytest.mark.parametrize("objective", [ObjectiveConfig(), ObjectiveConfig(logit_mean=0.5, logit_std=0.7, shift=3.0)])
 def test_times_as_trained_are_those_that_a_training_draws(objective):
     normal = torch.randn(200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -135,3 +179,45 @@ def test_times_as_trained_are_those_that_a_training_draws(objective):
     for t in (0.1, 0.5, 0.9):
         assert times_below(t, objective) == pytest.approx(float((drawn < t).double().mean()), abs=4e-3)
     assert (times_below(0.0, objective), times_below(1.0, objective)) == (0.0, 1.0)
+
+
+def heldout_of(run):
+    """(the mixture of a run, the numbers of its held-out samples, each once, and their classes)."""
+    config = load_config(run / "config.yaml")
+    mixture = open_mixture(config)
+    numbers, labels = [], []
+    for batch, weight_B in EncodedLoader(mixture, 0, 0, 1).heldout():
+        kept = weight_B > 0
+        numbers += batch.latents_BCHW[kept, 0, 0, 0].int().tolist()
+        labels += batch.condition["labels_B"][kept].tolist() if "labels_B" in batch.condition else []
+    return mixture, numbers, labels
+
+
+def test_prompts_are_of_the_held_out_images_of_every_bucket(trained):
+    mixture, numbers, _ = heldout_of(trained / "encoded")
+    condition = StoredCaptions(mixture)
+    prompts = heldout_prompts(trained / "encoded", condition)
+    told = condition.encode(prompts)["text_states_BLC"][:, 0, 0].int().tolist()
+    assert sorted(told) == sorted(numbers) and len(set(told)) == 5 + 3 + 2
+    few = heldout_prompts(trained / "encoded", condition, 4)
+    told = condition.encode(few)["text_states_BLC"][:, 0, 0].int().tolist()
+    assert len(set(told)) == 4 and {number // 40 for number in told} == {0, 1}, "of several buckets"
+    assert heldout_prompts(trained / "encoded", condition, 12) == [*prompts, *prompts[:2]]
+    with pytest.raises(ValueError, match="does not hold its captions as text; say what to draw with --prompts"):
+        heldout_prompts(trained / "encoded", Captions.__new__(Captions))
+
+
+def test_classes_are_those_of_the_held_out_images(tmp_path):
+    write_set(tmp_path / "set", SIZES, captions=0, classes=7)
+    shards = ["data.kind=shards", f"data.path={tmp_path / 'set'}", "data.heldout=8", "data.global_batch=8"]
+    latents = ["model.channels=2", "model.patch=1", "model.image_size=4", "model.positions=rotary"]
+    make_run(tmp_path / "run", *shards, *latents, "model.conditioning=class", "model.classes=7")
+    _, numbers, labels = heldout_of(tmp_path / "run")
+    prompts = heldout_prompts(tmp_path / "run", Labels(7))
+    assert sorted(map(int, prompts)) == sorted(labels) == sorted(number % 7 for number in numbers)
+    assert len(prompts) == 10
+
+
+def test_prompts_of_a_data_set_in_memory_are_its_held_out_captions(trained):
+    prompts = heldout_prompts(trained / "digits", None)
+    assert len(prompts) == 359 and heldout_prompts(trained / "digits", None, 361) == [*prompts, *prompts[:2]]

@@ -250,7 +250,8 @@ def test_other_hosts_are_refused(place, host):
     """A page from elsewhere whose name leads here gets nothing."""
     for method, path in (("GET", "/"), ("GET", "/progress"), ("POST", "/draw")):
         status, message = error(place, method, path, SEVEN if method == "POST" else None, Host=host)
-        assert (status, message) == (403, f"the playground is at http://127.0.0.1:{place[1]}/, not at this host")
+        where = f"the playground is at http://127.0.0.1:{place[1]}/, not at this host"
+        assert (status, message) == (403, f"{where}; it answers to localhost and loopback addresses")
 
 
 def test_pages_from_elsewhere_cannot_draw(place):
@@ -294,6 +295,22 @@ def test_a_browser_that_goes_away_leaves_the_server_drawing(place):
     while ask(place, "GET", "/progress")[2] != b"{}":
         time.sleep(0.05)
     assert draw(place, **SEVEN)["seed"] == 5
+
+
+def test_a_server_for_other_machines_goes_by_the_names_of_this_one(monkeypatch):
+    """Looked up once, at the start."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "Node7")
+    monkeypatch.setattr(socket, "getfqdn", lambda: "node7.cluster.example")
+    with Server("0.0.0.0", 0) as server:
+        monkeypatch.setattr(socket, "getfqdn", None)
+        assert server.url == f"http://Node7:{server.server_address[1]}/"
+        for host in ("node7", "NODE7:80", "node7.cluster.example", "node7.cluster.example.", "localhost", "10.1.2.3"):
+            assert server.is_own(host), host
+        for host in ("node8", "node7.evil.example", "cluster.example"):
+            assert not server.is_own(host), host
+        assert server.answers_to == "localhost, node7, node7.cluster.example and addresses"
+    with Server("127.0.0.1", 0) as server:
+        assert not server.is_own("node7") and server.url == f"http://127.0.0.1:{server.server_address[1]}/"
 
 
 def test_which_hosts_are_this_one():
@@ -353,6 +370,12 @@ def test_folders_that_hold_no_model(tmp_path):
     )
     said = refusal(tmp_path / "none")
     assert said.startswith(f"playground: {tmp_path / 'none'}: there is no such folder; ")
+
+
+def test_a_pipeline_has_nothing_to_download(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    said = refusal(tmp_path, "--online")
+    assert said == f"playground: --online is for runs: {tmp_path} is a pipeline, which has its encoders in it\n"
 
 
 def test_help_teaches():

@@ -16,6 +16,20 @@ wishes = st.fixed_dictionaries({"prompt": st.text(min_size=1)}, optional={"seed"
 )
 
 
+@pytest.mark.parametrize("name", ["seed", "steps", "guidance"])
+@pytest.mark.parametrize("digits", [20, 400, 5000])  # more than a float holds, more than Python prints
+def test_a_huge_number_is_out_of_range(name, digits):
+    body = b'{"prompt": "a", "%s": 1%s}' % (name.encode(), b"0" * digits)
+    with pytest.raises(ValueError):
+        wish_of(body, SampleConfig())
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e400"])
+def test_guidance_is_finite(value):
+    with pytest.raises(ValueError, match="guidance is .*; write a number from 0 to 100"):
+        wish_of(b'{"prompt": "a", "guidance": %s}' % value.encode(), SampleConfig())
+
+
 @settings(deadline=None)
 @given(wishes.map(lambda said: json.dumps(said).encode()) | st.binary())
 def test_a_wish_is_within_the_limits_or_refused(body):

@@ -297,7 +297,7 @@ def test_pictures_that_are_not_finite_are_refused_by_name_and_step(answered):
     assert found["spoilt"].startswith(
         "NotFinite: of 3 pictures 1 are not finite, from step 2 of 3 on: 1 ('the digit 3'); "
     )
-    assert "run.dtype=float32" in found["spoilt"]
+    assert "in float32: run.dtype in the run's config.yaml, torch_dtype of a pipeline" in found["spoilt"]
 
 
 def test_the_network_sees_both_branches_where_images_are_guided_alone(answered):

@@ -62,6 +62,24 @@ def test_values_that_cannot_be_are_refused(argv, message, capsys):
 
 
 @pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        (options.png, "grid.jpg", "grid.jpg does not end in .png"),
+        (options.png, "grid", "grid does not end in .png"),
+        (options.png, "{folder}", "is a folder; name a file in it"),
+        (options.several, "1", "1 is not more than 1"),
+        (options.several, "0", "0 is not more than 0"),
+    ],
+)
+def test_kinds_of_values(kind, text, message, tmp_path):
+    folder = tmp_path / "folder.png"
+    folder.mkdir()
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
+        kind(text.format(folder=folder))
+    assert options.png(str(folder / "new/grid.png")) == folder / "new/grid.png" and options.several("2") == 2
+
+
+@pytest.mark.parametrize(
     ("message", "words"),
     [
         ("use parallel.stages_per_rank=3 or parallel.schedule=zbv", "use --stages-per-rank 3 or --schedule zbv"),

@@ -10,7 +10,7 @@ from megadit.model.moe import MoE
 from megadit.model.positions import sincos_positions
 from megadit.parallel.init import Normal
 from megadit.sampling.generate import SampleConfig, generate, noise_of
-from megadit.sampling.routing import Trace, recorded
+from megadit.sampling.routing import Trace, check_branch, recorded
 from megadit.training.config import images_per_group
 from tests.ranks import run_ranks
 from tests.sampling.test_generate import NUMBERS, PROMPTS, assembled
@@ -257,3 +257,24 @@ def test_a_branch_that_was_not_drawn_is_refused_and_calls_without_it_have_no_map
     nothing[0] = 1.0
     assert trace.is_guided
     np.testing.assert_array_equal(trace.maps("difference"), [[[0.0, 1.0]], [[np.nan, np.nan]]])
+
+
+@pytest.mark.parametrize(
+    ("settings", "there"),
+    [
+        (SampleConfig(steps=4), True),
+        (SampleConfig(steps=4, guidance=1.0), False),
+        (SampleConfig(steps=4, guidance_from=0.4, guidance_until=0.6), True),
+        (SampleConfig(steps=4, guidance_from=0.0, guidance_until=0.2), False),  # where the last step ends
+        (SampleConfig(steps=4, shift=3.0, guidance_from=0.4, guidance_until=0.6), True),  # 1, 0.9, 0.75, 0.5
+        (SampleConfig(steps=4, shift=3.0, guidance_from=0.2, guidance_until=0.4), False),
+    ],
+)
+def test_a_branch_that_no_step_will_have_is_known_before(settings, there):
+    check_branch("conditional", settings)
+    for branch in ("unconditional", "difference"):
+        if there:
+            check_branch(branch, settings)
+            continue
+        with pytest.raises(ValueError, match=f"there is no {branch} branch: no step is drawn without the prompt"):
+            check_branch(branch, settings)

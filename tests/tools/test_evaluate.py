@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -159,6 +160,18 @@ def test_a_clip_score_of_a_folder_of_genevals_folder_and_of_a_run(sets, judges, 
     assert found["images"] == 5 and found["settings"]["drawn"]["step"] == 2
 
 
+def test_a_clip_score_of_other_prompts_needs_no_held_out_images(trained, judges, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a seven\nthe digit two\n")
+    run = shutil.copytree(trained / "text", tmp_path / "run")
+    config = (run / "config.yaml").read_text()
+    assert "kind: digits" in config
+    (run / "config.yaml").write_text(config.replace("kind: digits", "kind: arrays"))  # of a file that is not there
+    command = ["clip-score", run, "--clip", judges["clip"], "--steps", 1]
+    assert on_ranks(1, *command) == [2]
+    assert on_ranks(1, *command, "--prompts", tmp_path / "prompts.txt") == [0]
+    assert json.loads((run / "clip_score.json").read_text())["images"] == 2
+
+
 def test_heldout_writes_a_table_a_result_and_a_plot(trained, tmp_path):
     done = run_tool("heldout", trained / "text", "--bins", 2, "--plot", tmp_path / "loss.png")
     assert done.returncode == 0, done.stderr
@@ -176,8 +189,9 @@ def test_geneval_is_drawn_checked_and_its_results_read(trained, tmp_path):
     prompts = tmp_path / "evaluation_metadata.jsonl"
     prompts.write_text("\n".join(LINES) + "\n")
     command = ("geneval", trained / "text", "--prompts", prompts, "--out", tmp_path / "out", "--steps", 1)
-    done = run_tool(*command)
+    done = run_tool(*command, "--size", "8x12")
     assert done.returncode == 0, done.stderr
+    assert "the model was not trained on pictures of 8x12, but of 8x8; expect worse ones" in done.stderr
     assert "3 prompts (single_object 1, counting 1, position 1)" in done.stdout
     check = run_tool("check-geneval", tmp_path / "out", "--prompts", prompts)
     assert (check.returncode, check.stdout.count("\n")) == (0, 1), check.stdout
@@ -189,6 +203,46 @@ def test_geneval_is_drawn_checked_and_its_results_read(trained, tmp_path):
     done = run_tool("summary", results, "--json", tmp_path / "scores.json")
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "GenEval overall (mean of 6 tasks): 0.2500")
     assert json.loads((tmp_path / "scores.json").read_text())["overall"] == 0.25
+
+
+def without_a_plot(rank, world_size, argv):
+    """As `on_rank`, where the plot cannot be written in the end."""
+
+    def save_plot(*_):
+        raise ValueError("no room")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tool.heldout, "save_plot", save_plot)
+        return on_rank(rank, world_size, argv)
+
+
+def test_the_held_out_losses_are_written_before_their_plot(trained, tmp_path):
+    out, plot = tmp_path / "heldout.json", tmp_path / "loss.png"
+    argv = ["heldout", trained / "text", "--bins", 2, "--json", out, "--plot", plot]
+    ((status, errors),) = run_ranks(without_a_plot, 1, [str(one) for one in argv])
+    assert status == 2 and "evaluate: no room" in errors
+    assert len(json.loads(out.read_text())["bins"]) == 2 and not plot.exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("heldout runs/x --plot loss.pdf", "argument --plot: loss.pdf does not end in .png"),
+        ("kid a b --features c --subset-size 1", "argument --subset-size: 1 is not more than 1"),
+        ("check-geneval drawn --json x.json", "unrecognized arguments: --json x.json"),
+    ],
+)
+def test_values_that_cannot_be_are_refused_at_once(argv, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        tool.make_parser().parse_args(argv.split())
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_batch_of_the_held_out_loss_is_of_held_out_images(capsys):
+    with pytest.raises(SystemExit):
+        tool.make_parser().parse_args(["heldout", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "--batch BATCH held-out images that a" in told and "guidance" not in told
 
 
 @pytest.mark.parametrize(
@@ -204,6 +258,9 @@ def test_geneval_is_drawn_checked_and_its_results_read(trained, tmp_path):
         ("geneval {text} --prompts {none} --out {out}", "none: No such file"),
         ("geneval {class} --prompts {prompts} --out {out}", "is told classes"),
         ("dpg {text} --prompts {none} --out {out}", "none: No such file"),
+        ("dpg {none} --prompts {none} --out {prompts}", "--out .*prompts.jsonl is a file; name a folder"),
+        ("geneval {none} --prompts {none} --out {prompts}", "--out .*prompts.jsonl is a file; name a folder"),
+        ("geneval {none} --prompts {none} --out {prompts}/x", "x cannot be written: .*prompts.jsonl is not a folder"),
         ("check-geneval {none}", "none: No such file"),
         ("summary {none}", "none: No such file"),
         ("fid {sets} --features {dinov2}", "is no run .*of images, give two folders"),
@@ -211,6 +268,8 @@ def test_geneval_is_drawn_checked_and_its_results_read(trained, tmp_path):
         ("fid {real} {sets} --features {dinov2}", "no images in it"),
         ("fid {real} {bad} --features {dinov2}", "bad/1.png cannot be used"),
         ("fid {real} {real} {real} --features {dinov2}", "3 folders"),
+        ("fid {real} {text} --features {dinov2}", "text is a run, not a set of pictures: give it alone to judge what"),
+        ("kid {class} {real} --features {dinov2}", "class is a run, not a set .* as tools/sample.py --folder writes"),
         ("fid {real} {real} --features {none}", "none: neither the folder"),
         ("clip-score {real} --clip {clip}", "000.png has no caption: 000.txt"),
         ("clip-score {class} --clip {clip}", "is told classes"),

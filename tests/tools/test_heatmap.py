@@ -12,6 +12,7 @@ from PIL import Image
 
 from megadit.sampling.evenness import evenness
 from tests.ranks import train_on
+from tools import heatmap as tool
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,7 @@ def test_another_seed_has_other_maps_and_without_an_out_they_lie_in_the_run(trai
         assert done.returncode == 0, done.stderr
         content = json.loads((trained / "heatmap.json").read_text())
         assert content["grid"] == [4, 8]
+        assert "the model was not trained on pictures of 8x16, but of 8x8; expect worse ones" in done.stderr
         written.append(content["steps"])
         assert not (trained / "heatmap.gif").exists()
     assert written[0] != written[1]
@@ -121,7 +123,8 @@ def test_steps_without_guidance_have_no_maps_of_the_other_branch(trained, tmp_pa
     argv[3:6] = 1, "--sampler", "heun"
     done = heatmap(*argv, "--guidance-interval", 0, 0.1, "--out", tmp_path / "none")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines()[-1].startswith("heatmap: there is no difference branch: no step was drawn without")
+    assert done.stderr.splitlines()[-1].startswith("heatmap: there is no difference branch: no step is drawn without")
+    assert "drawing:" not in done.stderr
 
 
 def test_two_processes_write_the_same_numbers(trained, drawn, tmp_path):
@@ -141,13 +144,31 @@ def test_two_processes_write_the_same_numbers(trained, drawn, tmp_path):
         (["--layers", "2,3"], "heatmap: --layers 2: that layer has no experts; those of this run have: 1, 3\n"),
         (["--size", "7x8"], "heatmap: --size 7x8 must be multiples of 2 pixels\n"),
         (["--guidance", "-1"], "heatmap: --guidance -1.0 must be 0 or more\n"),
+        (
+            ["--guidance", "1", "--branch", "unconditional"],
+            "heatmap: there is no unconditional branch: no step is drawn without the prompt; set a guidance other "
+            "than 1, between times that steps begin at\n",
+        ),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_in_one_line(options, message, trained, tmp_path):
     done = heatmap(trained, "the digit 2", "--steps", 1, "--out", tmp_path / "new", *options)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines(keepends=True)[-1] == message
-    assert not list(tmp_path.glob("new/*"))
+    assert done.stderr.splitlines(keepends=True)[-1] == message and "drawing:" not in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_suffix_is_refused_unless_it_is_a_folders(tmp_path, capsys, monkeypatch):
+    (tmp_path / "there.v2").mkdir()
+    (tmp_path / "there.png").mkdir()
+    for out in ("new", "new/seven.png", "there.v2", "new.v2/", ".hidden"):
+        monkeypatch.setattr(sys, "argv", ["heatmap", "run", "a", "--out", f"{tmp_path}/{out}"])
+        assert tool.arguments().out == tmp_path / out
+    for out, why in (("seven.jpg", "is no PNG, nor a folder that is there"), ("there.png", "is a folder; name a file")):
+        monkeypatch.setattr(sys, "argv", ["heatmap", "run", "a", "--out", f"{tmp_path}/{out}"])
+        with pytest.raises(SystemExit):
+            tool.arguments()
+        assert f"argument --out: {tmp_path}/{out} {why}" in capsys.readouterr().err
 
 
 def test_a_dense_model_is_refused_by_the_key(dense, tmp_path):

@@ -137,7 +137,7 @@ def test_a_folder_has_a_png_for_each_picture_and_says_what_it_is(alone):
     ]
     settings = json.loads((alone / "settings.json").read_text())
     assert settings["step"] == 40 and settings["steps"] == 4 and settings["sampler"] == "heun"
-    assert (settings["height"], settings["width"]) == (8, 8)
+    assert (settings["height"], settings["width"], settings["dtype"]) == (8, 8, "float64")
     drawn = levels(alone)
     assert drawn.shape == (10, 8, 8) and len({picture.tobytes() for picture in drawn}) == 10
     grid = cells(alone.with_suffix(".png"), rows=2, columns=5, zoom=1)
@@ -258,6 +258,7 @@ def test_bad_input_is_refused_on_all_ranks_before_drawing(argv, message, learned
         (["a", "--overwrite"], "--overwrite is for --folder"),
         (["a", "--sampler", "ddim"], "invalid choice: 'ddim'"),
         (["a", "--batch", "0"], "0 is not more than 0"),
+        (["a", "--out", "grid.jpg"], "argument --out: grid.jpg does not end in .png"),
     ],
 )
 def test_options_that_contradict_one_another_are_refused(argv, message, learned):

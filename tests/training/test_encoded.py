@@ -124,10 +124,37 @@ def test_prompts_are_numbers_of_held_out_captions(folder):
     }
     shown = [int(number) for number in told["text_states_BLC"][:, 0, 0]]
     assert len(set(shown)) == 5 and not trained & set(shown)
-    with pytest.raises(ValueError, match="'a cat' is not the number of a stored caption, 0 to 4"):
+    with pytest.raises(ValueError, match="'a cat' is not the number of a stored caption, 0 to 9"):
         inputs.condition.encode(["a cat"])
-    with pytest.raises(ValueError, match="'5' is not the number"):
-        inputs.condition.encode(["5"])
+    with pytest.raises(ValueError, match="'10' is not the number"):
+        inputs.condition.encode(["10"])
+
+
+def test_captions_of_every_bucket_have_a_number_and_the_largest_buckets_come_first(folder):
+    inputs = inputs_of(folder)
+    loader = EncodedLoader(inputs.train, 0, 0, 1)
+    heldout = {
+        int(number): latents.shape[1:]
+        for batch, weight_B in loader.heldout()
+        for number, latents, weight in zip(batch.latents_BCHW[:, 0, 0, 0], batch.latents_BCHW, weight_B, strict=True)
+        if weight
+    }
+    states_BLC = inputs.condition.encode(list(map(str, range(10))))["text_states_BLC"]
+    told = [int(number) for number in states_BLC[:, 0, 0]]
+    assert sorted(told) == sorted(heldout) and len(heldout) == 5 + 3 + 2
+    assert [tuple(heldout[number]) for number in told] == [(4, 4)] * 5 + [(4, 6)] * 3 + [(6, 4)] * 2
+    # A bucket that a larger batch drops is among the last.
+    few = inputs_of(folder, "data.global_batch=18", "data.small_buckets=drop")
+    assert len(few.condition) == 8
+    again = few.condition.encode(list(map(str, range(8))))["text_states_BLC"]
+    assert torch.equal(again, states_BLC[:8])
+
+
+def test_where_none_are_held_out_prompts_are_those_to_train_on(folder):
+    inputs = inputs_of(folder, "data.heldout=0")
+    assert len(inputs.condition) == 40 + 24 + 17 and inputs.prompts(41) == [*map(str, range(40)), "0"]
+    told = inputs.condition.encode([str(i) for i in range(81)])["text_states_BLC"][:, 0, 0]
+    assert sorted(told.int().tolist()) == list(range(81))
 
 
 def train_places(inputs):
