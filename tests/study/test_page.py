@@ -1,6 +1,7 @@
 """A page's figures follow from records, and only from them."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -106,3 +107,9 @@ def test_records_that_are_not_there_or_not_whole_are_named(page):
     (folder / "dense_seed2.json").write_text(json.dumps(record("dense", "dense", 1, 2, 0.1, 8, 3)))
     with pytest.raises(ValueError, match="prices --> is of no kind; there are setup"):
         fill(page)
+
+
+def test_the_figures_of_the_documentation_are_those_of_its_records():
+    page = Path("docs/reproduction.md")
+    assert page.read_text().count("<!-- study ") >= 8
+    assert fill(page, write=False) == []
