@@ -69,22 +69,13 @@ def is_finished(out: Path, trial: Trial, label: str, judge: JudgeConfig) -> bool
 
     Raises ValueError where the folder holds a trial of this name, finished or not, with other settings.
     """
-    path, begun = record_path(out, trial), out / trial.name / CONFIG_FILE
+    path = record_path(out, trial)
     record = _read_record(path) if path.exists() else None
-    if begun.exists():
-        now, then = trial.config().to_dict(), load_config(begun).to_dict()
-        told = [each for section in now for each in differing(section, then[section], now[section])]
-        others = [each for each in told if not each.startswith(("run.dir=", "run.name="))]
-    else:
-        others = (
-            ["unknown which: its folder is gone"]
-            if record and record["fingerprint"] != fingerprint(trial.config())
-            else []
-        )
+    others = _other_settings(trial, out / trial.name / CONFIG_FILE, record)
     if others:
+        told = ", ".join(others)
         raise ValueError(
-            f"{out} holds {trial.name} with other settings ({', '.join(others)}); use another --out, or remove it from "
-            "there"
+            f"{out} holds {trial.name} with other settings ({told}); use another --out, or remove it from there"
         )
     if record is None or not _judged_as(record, judge):
         return False
@@ -92,6 +83,17 @@ def is_finished(out: Path, trial: Trial, label: str, judge: JudgeConfig) -> bool
     if record | today != record:
         _write_record(path, record | today)
     return True
+
+
+def _other_settings(trial: Trial, begun: Path, record: Mapping[str, Any] | None) -> list[str]:
+    """What the trial was begun with, or finished, and is not set to now."""
+    if begun.exists():
+        now, then = trial.config().to_dict(), load_config(begun).to_dict()
+        told = [each for section in now for each in differing(section, then[section], now[section])]
+        return [each for each in told if not each.startswith(("run.dir=", "run.name="))]
+    if record and record["fingerprint"] != fingerprint(trial.config()):
+        return ["unknown which: its folder is gone"]
+    return []
 
 
 def _read_record(path: Path) -> dict[str, Any]:
