@@ -113,7 +113,7 @@ def differences(variants: Sequence[Variant]) -> str:
 
 def overview(variants: Sequence[Variant]) -> str:
     """Loss and score of many variants, and what may be concluded beside the first."""
-    first, measures = variants[0], (HELDOUT_LOSS, SCORE, STEP_TIME)
+    first, measures = variants[0], (HELDOUT_LOSS, SCORE)
     header = ["", "MFLOP per image", "parameters, M"]
     for measure in measures:
         header += [measure.name, f"beside {first.label}"]
