@@ -38,6 +38,8 @@ def draw_curves(variants: Sequence[Variant], path: Path) -> None:
         axes.plot(steps, losses.mean(axis=0), color=colour, label=variant.label, marker="o", markersize=3)
         axes.fill_between(steps, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.2, linewidth=0)
     axes.set(xlabel="step", ylabel="held-out velocity loss, averaged weights", yscale="log")
+    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        set_formatter("{x:g}")  # within a decade a logarithmic axis would have hardly a number
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
