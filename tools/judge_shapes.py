@@ -129,7 +129,7 @@ def arguments() -> argparse.Namespace:
         help="pictures per task of combinations that it never does, 0 is none (default: %(default)s)",
     )
     parser.add_argument("--out", type=Path, help=f"the JSON to write; default: {SCORE_FILE} in the run's folder")
-    parser.add_argument("--sheet", type=options.png, help=f"a PNG of up to {SHEET} of the pictures, evenly over the tasks")
+    parser.add_argument("--sheet", type=options.png, help=f"a PNG of up to {SHEET} pictures, evenly over the tasks")
     parser.add_argument("--show", action="store_true", help="print an earlier result instead of judging again")
     options.add_launcher(parser)
     options.add_drawing(parser, seed=1)

@@ -1,4 +1,4 @@
-"""Makes docs/images/playground.png: python -m tests.playground.screenshot RUN "a ring left of a cross" --steps 10 --step 4"""
+"""Makes docs/images/playground.png: python -m tests.playground.screenshot RUN PROMPT"""
 
 import argparse
 import shutil
@@ -14,9 +14,9 @@ def main():
     parser.add_argument("run")
     parser.add_argument("prompt")
     parser.add_argument("--seed", default="0")
-    parser.add_argument("--steps", default="20")
+    parser.add_argument("--steps", default="10")
     parser.add_argument("--layer", default="0", help="which of those with experts, from 0")
-    parser.add_argument("--step", default="12", help="whose map is shown, from 0")
+    parser.add_argument("--step", default="4", help="whose map is shown, from 0")
     parser.add_argument("--scheme", default="light")
     parser.add_argument("--width", type=int, default=1000)
     parser.add_argument("--out", default="docs/images/playground.png")
