@@ -241,7 +241,6 @@ def run(args: argparse.Namespace, process: Process) -> None:
     of_main(partial(warn_of_size, config, size, decoder.cell))
     of_main(files.prepare)
     drawing = draw(sampler, args.prompt, args.seed, size, quiet=not process.is_main)
-    drawing.trace.maps(args.branch)  # a fault that all ranks see
     of_main(partial(write, drawing, decoder, args, config.sample, files))
 
 

@@ -43,6 +43,7 @@ BEAT_S = 1.0  # between heartbeats
 TICK_S = 0.25  # between looks of the thread that stays at home
 COMPLAINT_S = 3.0  # without a heartbeat, once some collective says that a peer vanished
 BLAME_S = 6.0  # after a complaint, when every heart beats: then it is the complaint that counts
+SETTLE_S = 1.5  # for a rank that still computes to come to the collective that it will wait in
 GATHER_S = 3.0  # for the others to say what they wait for
 END_S = 8.0  # from a verdict until the process ends, whatever is stuck
 MARGIN_S = 3.0  # after its own limit, for rank 0 to have noticed
@@ -289,7 +290,7 @@ class Watchdog:
         self._last_words = verdict
         self._end_by = time.monotonic() + END_S
         mine = self._process.rank == verdict.by
-        sight = self._sight or self._look()
+        sight = self._sight or self._settled(verdict)
         self._dump(self._folder / "faults" / verdict.folder, sight, verdict.words)
         board.report(sight.to_json())
         summary = None
@@ -310,6 +311,14 @@ class Watchdog:
             return flight.look(self._first_record, frames)
         except Exception as error:  # of a recorder that writes in another way: no reason to stay
             return flight.Sight("", "", (), "", -1, {}, f"a place that cannot be told ({error!r})")
+
+    def _settled(self, verdict: Verdict) -> flight.Sight:
+        """Where this rank is, once it waits: of a rank that raised it may hear while it still computes."""
+        sight, deadline = self._look(), time.monotonic() + SETTLE_S
+        while verdict.kind != "hung" and not sight.waiting and time.monotonic() < deadline:
+            time.sleep(TICK_S)
+            sight = self._sight or self._look()
+        return sight
 
     def _own_wait(self, sight: flight.Sight) -> str:
         return f"; this rank was in {sight.waiting}" if sight.waiting else f"; this rank was at {sight.place}"

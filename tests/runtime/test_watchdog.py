@@ -63,6 +63,10 @@ def raising_first(rank, folder):
     at_batch(rank, 0, folder, fail)
 
 
+def raising_while_the_other_computes(rank, folder):
+    at_batch(rank, rank, folder, fail if rank == 1 else lambda: time.sleep(1.2))
+
+
 def looping_last(rank, folder):
     at_batch(rank, 3, folder, loop_for_ever)
 
@@ -107,7 +111,9 @@ def test_a_killed_rank_is_named_and_the_others_end(victim, tmp_path):
     judge(outcome, victim, SOON)
 
 
-@pytest.mark.parametrize(("plant", "culprit"), [(raising, 1), (raising_first, 0)])
+@pytest.mark.parametrize(
+    ("plant", "culprit"), [(raising, 1), (raising_first, 0), (raising_while_the_other_computes, 1)]
+)
 def test_a_rank_that_raises_says_so_and_the_others_name_it(plant, culprit, tmp_path):
     outcome = train_and_lose(2, tmp_path / "run", plant=plant)
     judge(outcome, culprit, SOON)
