@@ -11,23 +11,26 @@ can have copied.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from sklearn.neighbors import NearestNeighbors
 from sklearn.svm import SVC
 from torch import Tensor
 from tqdm import tqdm
 
 from megadit.data.digits import Digits
-from megadit.runtime.launch import process_group
-from megadit.runtime.log import setup_logging
+from megadit.evaluation.results import earlier, write_json
+from megadit.runtime.agreement import of_main
+from megadit.runtime.launch import Process
+from megadit.runtime.tool import run_tool
+from megadit.sampling import options
+from megadit.sampling.folder import check_writable
 from megadit.training.restore import open_sampler
 
-CHUNK = 125  # pictures drawn at once, about
+PICTURES_PER_CALL = 125
 
 
 def to_ink(images_BCHW: Tensor) -> np.ndarray:
@@ -65,45 +68,45 @@ def summary(result: dict[str, object]) -> list[str]:
     ]
 
 
+def run(args: argparse.Namespace, out: Path, process: Process) -> None:
+    """Draw, judge, write and print. Collective; raises ValueError on all ranks."""
+    if args.show:
+        of_main(lambda: print(earlier(out, summary)))
+        return
+    of_main(partial(check_writable, out))
+    sampler = open_sampler(args.run, process)
+    if (kind := sampler.config.data.kind) != "digits":
+        raise ValueError(f"{args.run} is a run on data.kind={kind}, and this judge reads digits alone")
+    prompts = Digits("heldout", sampler.config.model.conditioning).prompts(args.samples)
+    wanted = np.arange(args.samples) % 10  # the digit of each prompt, as `prompts` turns through them
+    with tqdm(total=args.samples, desc="pictures", dynamic_ncols=True, disable=not process.is_main) as bar:
+        images_NCHW = sampler.draw_all(
+            prompts,
+            sampler.config.sample,
+            args.seed,
+            batch=PICTURES_PER_CALL,
+            drawn=lambda pictures: bar.update(len(pictures)),
+        )
+
+    def judged() -> None:
+        result = judge(images_NCHW, wanted) | {"step": sampler.step}
+        result["line"] = f"read as prompted: {result['read_as_prompted']:.3f} (n={args.samples})"
+        write_json(out, result)
+        print("\n".join(summary(result)))
+
+    of_main(judged)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run's folder")
-    parser.add_argument("--samples", type=int, default=500, help="pictures to draw (default: %(default)s)")
+    parser.add_argument("--samples", type=options.positive, default=500, help="pictures to draw (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the noise (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="the JSON to write; default: result.json in the run's folder")
     parser.add_argument("--show", action="store_true", help="print an earlier result instead of judging again")
     args = parser.parse_args()
-    if args.samples < 1:
-        parser.error(f"--samples {args.samples} is not more than 0")
     out = args.out or args.run / "result.json"
-    if args.show:
-        try:
-            print("\n".join(summary(json.loads(out.read_text()))))
-        except (OSError, ValueError, KeyError) as error:
-            print(f"judge_digits: {out}: {error}", file=sys.stderr)
-            return 2
-        return 0
-    with process_group() as process:
-        setup_logging(process.rank)
-        try:
-            sampler = open_sampler(args.run, process)
-        except ValueError as error:
-            print(f"judge_digits: {error}", file=sys.stderr)
-            return 2
-        prompts = Digits("heldout", sampler.config.model.conditioning).prompts(args.samples)
-        wanted = np.arange(args.samples) % 10  # the digit of each prompt, as `prompts` turns through them
-        chunk = -(-CHUNK // sampler.group) * sampler.group
-        images = []
-        for begin in tqdm(range(0, args.samples, chunk), desc="pictures", unit="chunk", dynamic_ncols=True):
-            settings = sampler.config.sample
-            images.append(sampler.draw(prompts[begin : begin + chunk], settings, args.seed, first_index=begin))
-    if process.is_main:
-        result = judge(torch.cat(images), wanted)
-        result["step"] = sampler.step
-        result["line"] = f"read as prompted: {result['read_as_prompted']:.3f} (n={args.samples})"
-        out.write_text(json.dumps(result, indent=2) + "\n")
-        print("\n".join(summary(result)))
-    return 0
+    return run_tool("judge_digits", partial(run, args, out))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ as GenEval's.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megadit.data.shapes.scene import SHAPES, TASKS
-from megadit.evaluation.results import write_json
+from megadit.evaluation.results import earlier, write_json
 from megadit.parallel.grid import ParallelConfig
 from megadit.runtime.agreement import of_main
 from megadit.runtime.launch import Process
@@ -53,16 +52,6 @@ def summary(result: dict[str, Any]) -> list[str]:
     return [*lines, f"score: {result['score']:.3f}{heldout}"]
 
 
-def show(path: Path) -> int:
-    """Print an earlier result; the exit status."""
-    try:
-        print("\n".join(summary(json.loads(path.read_text()))))
-    except (OSError, ValueError, KeyError) as error:
-        print(f"judge_shapes: {path}: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 def shapes_sampler(args: argparse.Namespace, process: Process) -> Sampler:
     """Raises ValueError for a run on other data."""
     sampler = open_sampler(
@@ -76,6 +65,9 @@ def shapes_sampler(args: argparse.Namespace, process: Process) -> Sampler:
 
 def run(args: argparse.Namespace, out: Path, process: Process) -> None:
     """Draw, judge, write and print. Collective; raises ValueError on all ranks."""
+    if args.show:
+        of_main(lambda: print(earlier(out, summary)))
+        return
     for path in (out, args.sheet):
         if path:
             of_main(partial(check_writable, path))
@@ -143,7 +135,7 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     args = arguments()
     out = args.out or args.run / SCORE_FILE
-    return show(out) if args.show else run_tool("judge_shapes", partial(run, args, out), options.spoken)
+    return run_tool("judge_shapes", partial(run, args, out), options.spoken)
 
 
 if __name__ == "__main__":

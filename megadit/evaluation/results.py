@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,16 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from error
+
+
+def earlier(path: Path, summary: Callable[[dict[str, Any]], list[str]]) -> str:
+    """What `summary` says of a result that was written before. Raises ValueError naming a file that is none."""
+    try:
+        return "\n".join(summary(json.loads(read_text(path))))
+    except KeyError as error:
+        raise ValueError(f"{path}: no {error} in it, so it is no result of this tool") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
 
 
 def lines_of(path: Path) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 
 from megadit.data.digits import Digits
 from tests.ranks import train_on
+from tests.tools.test_judge_shapes import SMALL
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,13 @@ def test_a_folder_without_a_run_is_refused(tool, monkeypatch, capsys, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_on_other_data_is_refused(tool, monkeypatch, capsys, tmp_path):
+    train_on(1, "--config", "tests/configs/tiny.yaml", f"run.dir={tmp_path / 'run'}", *SMALL)
+    assert run_tool(tool, monkeypatch, tmp_path / "run", "--samples", 10) == 2
+    assert "data.kind=shapes, and this judge reads digits alone" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
 RUNS = {
     "captions": [],
     # Told the digits; the four images of a microbatch compete.
@@ -113,7 +121,7 @@ def test_pictures_do_not_depend_on_how_many_are_drawn_at_once(tool, monkeypatch,
         tool, "judge", lambda images, wanted, judge=tool.judge: judged.append(images) or judge(images, wanted)
     )
     for chunk in (20, 8, 6):
-        monkeypatch.setattr(tool, "CHUNK", chunk)
+        monkeypatch.setattr(tool, "PICTURES_PER_CALL", chunk)
         assert run_tool(tool, monkeypatch, trained, "--samples", 20) == 0
     assert judged[0].shape == (20, 1, 8, 8)
     torch.testing.assert_close(judged[1], judged[0])
