@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from megadit.pipeline import ECDiTPipeline
+from tests.ranks import heed_interrupts
 
 PORTS = ("--port", "0")
 
@@ -23,7 +24,11 @@ def opened(folder, *flags):
     """(host, port) of a playground of its own process, which ends well when it is interrupted."""
     command = [sys.executable, "tools/playground.py", str(folder), *PORTS, *flags]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        preexec_fn=heed_interrupts,
     )
     try:
         line = process.stdout.readline()
