@@ -141,10 +141,11 @@ def routing(variants: Sequence[Variant]) -> str:
 
 
 def best(variants: Sequence[Variant]) -> str:
-    """The best score of a variant, in a sentence."""
-    means = {v.label: v.interval(SCORE) for v in variants}
-    label, interval = max(means.items(), key=lambda item: item[1].mean if item[1] else 0.0)
-    return f"The best mean score is that of {label}: {shown(interval, SCORE)} %.\n"
+    """The best mean score, in a sentence: of each variant that has it, to the digits that are printed."""
+    means = {v.label: round(i.mean * SCORE.scale, SCORE.digits) for v in variants if (i := v.interval(SCORE))}
+    first = [v for v in variants if means.get(v.label) == max(means.values())]
+    whose = ", and of ".join(f"{v.label}: {shown(v.interval(SCORE), SCORE)} %" for v in first)
+    return f"The best mean score is that of {whose}.\n"
 
 
 TABLES: dict[str, Callable[[list[Variant]], str]] = {

@@ -57,6 +57,23 @@ def test_differences_are_of_the_same_seed(tmp_path):
     assert "| dense | -3.3 ± 14.3 |" in text and "| 0.0200 ± 0.0000 |" in text
 
 
+@pytest.mark.parametrize(
+    ("right", "whose"),
+    [
+        ((8, 8, 9), "expert choice: 86.7 ± 14.3 %"),
+        ((9, 10, 7), "expert choice: 86.7 ± 14.3 %, and of dense: 86.7 ± 37.9 %"),
+        ((9, 9, 9), "dense: 90.0 ± 0.0 %"),
+    ],
+)
+def test_the_best_score_is_that_of_all_that_have_it(right, whose, tmp_path):
+    write_records(tmp_path / "records")
+    for seed, count in enumerate(right):
+        made = record("dense", "dense", 1, seed, 0.12, count, 3)
+        (tmp_path / "records" / f"dense_seed{seed}.json").write_text(json.dumps(made))
+    text = TABLES["best"](read_records(tmp_path / "records"))
+    assert text == f"The best mean score is that of {whose}.\n"
+
+
 def test_a_run_that_missed_a_look_has_a_curve(tmp_path):
     write_records(tmp_path / "records")
     path = tmp_path / "records" / "dense_seed1.json"

@@ -103,7 +103,7 @@ def is_clear(first: Thing, second: Thing) -> bool:
 
 
 # --- what training never shows ----------------------------------------------------------------------------------------
-# Each is about a sixth of its kind, spread so that every shape, colour, count and relation is often seen otherwise.
+# Spread so that every shape, colour, count and relation is often seen otherwise.
 
 
 def pair_is_heldout(shape: str, colour: str) -> bool:
