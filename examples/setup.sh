@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced from the repository root by examples/quickstart.sh and tests/run.sh: makes an environment ready.
+# Sourced from the repository root by tests/run.sh and the scripts in examples/: makes an environment ready.
 #
 # Uses the active virtual environment, else .venv in the repository root. Installs what REQUIREMENTS names, and
 # megadit itself in place, only when the requirement files, setup.py or the repository's location have changed since

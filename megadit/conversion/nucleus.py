@@ -20,7 +20,7 @@ NAME = "NucleusMoEImageTransformer2DModel"
 # What of theirs has no place in ours, by the names of their parameters where there are any.
 MISSING = (
     "attention over image and text in one softmax (attn.add_k_proj, attn.add_v_proj; ours has two attentions)",
-    "rotary positions (ours are sinusoids, added once)",
+    "rotary positions over image and text together (ours turn those of the image alone)",
     "gates without shifts, clamped and through tanh (img_mod; ours shifts and scales, with plain gates or none)",
     "a projection of the text in every layer (encoder_proj) and a norm of it (txt_norm)",
     "a norm of the embedded time (time_text_embed.norm), whose features are as wide as the model (ours: 256)",

@@ -18,7 +18,7 @@ from megadit.planning.plan import Plan, Planner
 from megadit.planning.simulation import fake_world
 from megadit.training.config import RunConfig, check
 
-MICRO_BATCHES = (1, 2, 4, 8)
+MICRO_BATCHES = (1, 2, 4, 8)  # and the configuration's own
 DEEPEST = 16  # pipeline ranks
 EXACT = 24  # of the best, that are planned once more without sharing what is measured
 SPARE = 0.1  # of a GPU's memory, for what CUDA, NCCL and fragmentation take
@@ -56,6 +56,7 @@ def candidates(config: RunConfig, world_size: int, gpu: Gpu) -> list[RunConfig]:
     Tensor parallelism stays within a node, and cuts the tokens too where it cuts anything.
     """
     tensors = [size for size in divisors(world_size) if size <= gpu.gpus_per_node]
+    micro_batches = sorted({*MICRO_BATCHES, config.data.micro_batch} - {0})
     found = []
     for tensor, pipeline in product(tensors, divisors(world_size)):
         if world_size % (tensor * pipeline) or pipeline > min(config.model.layers, DEEPEST):
@@ -66,7 +67,7 @@ def candidates(config: RunConfig, world_size: int, gpu: Gpu) -> list[RunConfig]:
             if expert * tensor > max(1, config.model.experts):
                 continue
             parallel = ParallelConfig(tensor, pipeline, expert, tensor > 1, schedule)
-            for micro_batch in MICRO_BATCHES:
+            for micro_batch in micro_batches:
                 data = replace(config.data, micro_batch=micro_batch)
                 run = replace(config.run, recompute="none")
                 found.append(replace(config, parallel=parallel, run=run, data=data))

@@ -17,7 +17,7 @@ DAY = 86400.0
 
 
 def to_dict(plan: Plan) -> dict[str, Any]:
-    """Everything that the plan says, in plain types; bytes, seconds, FLOPs of one optimizer step."""
+    """Everything that the plan says, in plain types; bytes and seconds of one optimizer step, FLOPs of one image."""
     config, gpu = plan.config, plan.gpu
     size = size_of(config.model, config.text)
     parallel = config.parallel

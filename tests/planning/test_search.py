@@ -44,6 +44,12 @@ def test_all_axes_are_looked_at(config):
     assert all(c.parallel.sequence == (c.parallel.tensor > 1) for c in tried)
 
 
+@pytest.mark.parametrize(("own", "more"), [(0, set()), (4, set()), (16, {16})])
+def test_the_configured_microbatch_is_tried_too(own, more, config):
+    tried = candidates(replace(config, data=replace(config.data, micro_batch=own)), 4, GPUS["h100"])
+    assert {c.data.micro_batch for c in tried} == {1, 2, 4, 8} | more
+
+
 def test_those_that_fit_come_first_and_the_fastest_of_them(found):
     assert all(not candidate.reason for candidate in found if candidate.plan)
     fitting = [candidate.plan.seconds for candidate in found if not candidate.reason]
