@@ -74,8 +74,8 @@ def earlier(path: Path, summary: Callable[[dict[str, Any]], list[str]]) -> str:
     """What `summary` says of a result that was written before. Raises ValueError naming a file that is none."""
     try:
         return "\n".join(summary(json.loads(read_text(path))))
-    except KeyError as error:
-        raise ValueError(f"{path}: no {error} in it, so it is no result of this tool") from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: it is no result of this tool ({error!r})") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
 

@@ -81,7 +81,7 @@ def test_show_of_a_result_that_is_not_there_is_refused(tool, monkeypatch, capsys
     assert str(tmp_path / "result.json") in errors
 
 
-@pytest.mark.parametrize("content", ["", "{", "{}"])
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]"])
 def test_show_of_a_broken_result_is_refused(content, tool, monkeypatch, capsys, tmp_path):
     (tmp_path / "result.json").write_text(content)
     assert run_tool(tool, monkeypatch, tmp_path, "--show") == 2
