@@ -26,7 +26,8 @@ DTYPES = {"Float": "float32", "Double": "float64", "BFloat16": "bfloat16", "Half
           "Long": "int64", "Int": "int32", "Bool": "bool"}  # fmt: skip
 PIPELINE = os.path.join("distributed", "pipelining", "")
 C10D = "distributed_c10d.py"
-PROJECT = os.path.join("megadit", "")
+# The package's own folder: a path with "megadit" in it may be that of an environment inside a clone.
+PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 
 
 def remember_collectives() -> None:
@@ -157,12 +158,12 @@ def _main_frames() -> list[FrameType]:
 
 def _is_ours(frame: FrameType) -> bool:
     path = frame.f_code.co_filename
-    return PROJECT in path and os.path.join(PROJECT, "runtime", "watchdog.py") not in path
+    return path.startswith(PACKAGE) and path != os.path.join(PACKAGE, "runtime", "watchdog.py")
 
 
 def _place(frame: FrameType) -> str:
     path = frame.f_code.co_filename
-    short = path[path.rindex(PROJECT) :] if PROJECT in path else path
+    short = os.path.relpath(path, os.path.dirname(PACKAGE[:-1])) if path.startswith(PACKAGE) else path
     return f"{short}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 

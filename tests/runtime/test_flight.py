@@ -1,11 +1,14 @@
 """What a rank says of its collectives, and whom a set of such words blames."""
 
+import sys
 import threading
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+import megadit
 from megadit.parallel.grid import Grid, Layout
 from megadit.runtime import flight
 from tests.ranks import run_ranks
@@ -37,6 +40,22 @@ def late(rank, world_size):
     watcher.join()
     dist.barrier()
     return [seen[0].to_json(), str(flight.collectives(start)[0]), flight.collectives(start)[1].pending]
+
+
+def frame_of(path):
+    """A frame of code that lies, as far as Python knows, at `path`."""
+    names = {"sys": sys}
+    exec(compile("frame = sys._getframe()", str(path), "exec"), names)
+    return names["frame"]
+
+
+def test_the_place_is_in_the_package_and_not_in_an_environment_inside_a_clone():
+    package = Path(megadit.__file__).parent
+    ours = frame_of(package / "parallel" / "grid.py")
+    theirs = frame_of("/home/me/megadit/.venv/lib/python3.11/site-packages/torch/nn/modules/module.py")
+    watchdog = frame_of(package / "runtime" / "watchdog.py")
+    assert flight.look(frames=[theirs, watchdog, ours]).place == "megadit/parallel/grid.py:1 in <module>"
+    assert flight.look(frames=[theirs]).place.startswith("/home/me/megadit/.venv/lib/")
 
 
 def test_a_rank_tells_which_collective_of_which_axis_it_waits_in():
