@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megadit.data.digits import Digits
-from megadit.evaluation.results import earlier, write_json
+from megadit.evaluation.results import show, write_json
 from megadit.runtime.agreement import of_main
 from megadit.runtime.launch import Process
 from megadit.runtime.tool import run_tool
@@ -70,9 +70,6 @@ def summary(result: dict[str, object]) -> list[str]:
 
 def run(args: argparse.Namespace, out: Path, process: Process) -> None:
     """Draw, judge, write and print. Collective; raises ValueError on all ranks."""
-    if args.show:
-        of_main(lambda: print(earlier(out, summary)))
-        return
     of_main(partial(check_writable, out))
     sampler = open_sampler(args.run, process)
     if (kind := sampler.config.data.kind) != "digits":
@@ -106,6 +103,8 @@ def main() -> int:
     parser.add_argument("--show", action="store_true", help="print an earlier result instead of judging again")
     args = parser.parse_args()
     out = args.out or args.run / "result.json"
+    if args.show:
+        return show("judge_digits", out, summary)
     return run_tool("judge_digits", partial(run, args, out))
 
 

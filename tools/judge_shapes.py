@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megadit.data.shapes.scene import SHAPES, TASKS
-from megadit.evaluation.results import earlier, write_json
+from megadit.evaluation.results import show, write_json
 from megadit.parallel.grid import ParallelConfig
 from megadit.runtime.agreement import of_main
 from megadit.runtime.launch import Process
@@ -65,9 +65,6 @@ def shapes_sampler(args: argparse.Namespace, process: Process) -> Sampler:
 
 def run(args: argparse.Namespace, out: Path, process: Process) -> None:
     """Draw, judge, write and print. Collective; raises ValueError on all ranks."""
-    if args.show:
-        of_main(lambda: print(earlier(out, summary)))
-        return
     for path in (out, args.sheet):
         if path:
             of_main(partial(check_writable, path))
@@ -135,6 +132,8 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     args = arguments()
     out = args.out or args.run / SCORE_FILE
+    if args.show:
+        return show("judge_shapes", out, summary)
     return run_tool("judge_shapes", partial(run, args, out), options.spoken)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from megadit.runtime.disk import replace_file
+from megadit.runtime.status import BAD_INPUT
 
 EXTRA = "pip install -e '.[evaluation]'"
 # Those that numbers go through; one that is not installed is left out.
@@ -70,14 +72,17 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from error
 
 
-def earlier(path: Path, summary: Callable[[dict[str, Any]], list[str]]) -> str:
-    """What `summary` says of a result that was written before. Raises ValueError naming a file that is none."""
+def show(tool: str, path: Path, summary: Callable[[dict[str, Any]], list[str]]) -> int:
+    """Print what `summary` says of a tool's earlier result, or why the file is none; the exit status."""
     try:
-        return "\n".join(summary(json.loads(read_text(path))))
+        sys.stdout.write("\n".join(summary(json.loads(path.read_text()))) + "\n")
+        return 0
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: it is no result of this tool ({error!r})") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+        why = f"it is no result of this tool ({error!r})"
+    except (OSError, ValueError) as error:
+        why = str(error)
+    sys.stderr.write(f"{tool}: {path}: {why}\n")
+    return BAD_INPUT
 
 
 def lines_of(path: Path) -> list[str]:
