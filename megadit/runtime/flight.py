@@ -163,7 +163,7 @@ def _is_ours(frame: FrameType) -> bool:
 
 def _place(frame: FrameType) -> str:
     path = frame.f_code.co_filename
-    short = os.path.relpath(path, os.path.dirname(PACKAGE[:-1])) if path.startswith(PACKAGE) else path
+    short = os.path.relpath(path, os.path.join(PACKAGE, os.pardir)) if path.startswith(PACKAGE) else path
     return f"{short}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 

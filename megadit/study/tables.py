@@ -142,9 +142,9 @@ def routing(variants: Sequence[Variant]) -> str:
 
 def best(variants: Sequence[Variant]) -> str:
     """The best mean score, in a sentence: of each variant that has it, to the digits that are printed."""
-    means = {v.label: round(i.mean * SCORE.scale, SCORE.digits) for v in variants if (i := v.interval(SCORE))}
-    first = [v for v in variants if means.get(v.label) == max(means.values())]
-    whose = ", and of ".join(f"{v.label}: {shown(v.interval(SCORE), SCORE)} %" for v in first)
+    scores = [(v.label, i, round(i.mean * SCORE.scale, SCORE.digits)) for v in variants if (i := v.interval(SCORE))]
+    highest = max(mean for *_, mean in scores)
+    whose = ", and of ".join(f"{label}: {shown(i, SCORE)} %" for label, i, mean in scores if mean == highest)
     return f"The best mean score is that of {whose}.\n"
 
 
