@@ -6,6 +6,7 @@ process group of its own. When a rank fails or a call takes too long, the error 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import faulthandler
@@ -33,8 +34,8 @@ from typing import Any
 TIME_LIMIT = 240  # seconds that a call may take: less than pytest's own limit, which cannot tell where the ranks are
 GRACE = 2  # seconds, after a rank has failed, that the others have to fail too, or to finish
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.preload", "megadit.train"])
+fork_context = multiprocessing.get_context("forkserver")
+fork_context.set_forkserver_preload(["tests.preload", "megadit.train"])
 
 
 class _Start:
@@ -138,8 +139,8 @@ class _Ranks:
         # Pickled once, before anyone starts: what cannot be sent must not leave some ranks waiting for the others.
         message = ForkingPickler.dumps((target, args, os.getcwd()))
         for rank in range(len(self.processes), world_size):
-            here, there = _context.Pipe()
-            process = _context.Process(target=_serve, args=(rank, there, str(self._stack_file(rank))), daemon=True)
+            here, there = fork_context.Pipe()
+            process = fork_context.Process(target=_serve, args=(rank, there, str(self._stack_file(rank))), daemon=True)
             process.start()
             there.close()
             self.processes.append(process)
@@ -218,6 +219,10 @@ class _Ranks:
 
     def kill(self) -> None:
         """End every rank, and wait for it."""
+        if "COVERAGE_PROCESS_CONFIG" in os.environ:  # a rank saves what it covered when it ends by itself
+            for process, end in zip(self.processes, self.ends, strict=True):
+                end.close()
+                process.join(GRACE)
         for process in self.processes:
             process.kill()
         for process, end in zip(self.processes, self.ends, strict=True):
@@ -253,12 +258,14 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, limit: float 
     global _pool
     if _pool is None:
         _pool = _Ranks()
+        atexit.register(_pool.kill)
     init_file = _pool.folder / f"store_{next(_pool.count)}"
     try:
         # Longer than the limit, so that it is the limit that ends a hang: it can tell where every rank was.
         _pool.ask(world_size, _in_group, fn, world_size, str(init_file), timedelta(seconds=limit + 60), args)
         results = _pool.gather(world_size, limit)
     except BaseException:  # pytest's own time limit, too
+        atexit.unregister(_pool.kill)
         _pool.kill()
         _pool = None
         raise

@@ -18,10 +18,10 @@ def folder(tmp_path_factory):
     return working_folder(tmp_path_factory.mktemp("page"))
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_page_works(folder, command):
-    """In the order of the page: later ones build on what earlier ones wrote."""
-    run(command, folder)
+def test_the_commands_of_the_page_work_in_their_order(folder):
+    """Later ones build on what earlier ones wrote."""
+    for command in COMMANDS:
+        run(command, folder)
 
 
 def test_the_python_of_the_page_works(folder):

@@ -3,8 +3,6 @@
 import json
 import logging
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ from PIL import Image
 
 from megadit.encoders.autoencoder import Autoencoder
 from megadit.pipeline import ECDiTPipeline
+from tests.commands import run_python
 from tests.conversion.made import make_run
 from tests.data.encoded_sets import write_set
 from tools.tiny_encoders import make_autoencoder, make_clip, make_t5
@@ -68,8 +67,8 @@ def test_latents_are_decoded_by_the_autoencoder(made):
 
 def test_pictures_are_those_of_the_tool(made, tmp_path):
     pipe, run, out = made[2], made[3], tmp_path / "grid.png"
-    command = [sys.executable, "tools/sample.py", run, *PROMPTS, "--zoom", 1, "--seed", 3, "--out", out]
-    done = subprocess.run([*map(str, command), "--size", "32x48"], capture_output=True, text=True)
+    argv = [run, *PROMPTS, "--zoom", 1, "--seed", 3, "--out", out, "--size", "32x48"]
+    done = run_python("tools/sample.py", *argv)
     assert done.returncode == 0, done.stderr
     pixels = np.asarray(Image.open(out))
     for i, picture in enumerate(pipe(PROMPTS, height=32, width=48, generator=3).images):

@@ -3,8 +3,6 @@
 import json
 import logging
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +19,7 @@ from megadit.sampling.generate import NotFinite, SampleConfig, noise_of
 from megadit.sampling.routing import recorded
 from megadit.training.config import load_config
 from megadit.training.restore import open_sampler
+from tests.commands import run_python
 from tests.conversion.made import make_run
 from tests.ranks import run_ranks, train_on
 
@@ -77,9 +76,8 @@ def drawn_by_the_sampler(rank, world_size, folder, prompts, seed, changes):
 
 def test_pictures_are_those_of_the_tool_bit_for_bit(kind, run, pipe, tmp_path):
     prompts = [prompt for prompt in KINDS[kind][0] for _ in range(2)]
-    argv = ["--repeat", "2", "--seed", "5", "--zoom", "1", "--out", str(tmp_path / "grid.png")]
-    command = [sys.executable, "tools/sample.py", str(run), *KINDS[kind][0], *argv]
-    done = subprocess.run(command, capture_output=True, text=True)
+    argv = ["--repeat", 2, "--seed", 5, "--zoom", 1, "--out", tmp_path / "grid.png"]
+    done = run_python("tools/sample.py", run, *KINDS[kind][0], *argv)
     assert done.returncode == 0, done.stderr
     pictures = pipe(KINDS[kind][0], num_images_per_prompt=2, generator=5).images
     for picture, cell in zip(pictures, cells(tmp_path / "grid.png", 6), strict=True):
@@ -159,8 +157,8 @@ def test_one_euler_step_without_guidance_is_noise_minus_velocity(kind, pipe):
 
 def test_what_is_saved_is_an_export_that_the_converter_reads(captions, tmp_path):
     captions.save_pretrained(tmp_path / "saved")
-    command = [sys.executable, "tools/convert_checkpoint.py", "import", tmp_path / "saved/transformer"]
-    done = subprocess.run([*map(str, command), str(tmp_path / "imported")], capture_output=True, text=True)
+    command = ["tools/convert_checkpoint.py", "import", tmp_path / "saved/transformer", tmp_path / "imported"]
+    done = run_python(*command)
     assert done.returncode == 0, done.stderr
     imported = ECDiTPipeline.from_run(tmp_path / "imported")
     for (name, one), other in zip(
@@ -329,7 +327,7 @@ def test_long_prompts_are_warned_of(captions, caplog):
         ({"latents": torch.zeros(1, 1, 8, 9)}, r"latents are torch.float32 of \[1, 1, 8, 9\]; .* \[1, 1, 8, 8\]"),
         ({"output_type": "jpeg"}, "output_type='jpeg' must be one of pil, pt, np, latent"),
     ],
-    ids=str,
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
 )
 def test_what_makes_no_sense_is_refused(captions, arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -5,8 +5,6 @@ import http.client
 import itertools
 import json
 import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -17,6 +15,7 @@ import torch
 from megadit.playground.page import make_page
 from megadit.playground.server import Server
 from megadit.sampling import evenness, heatmap
+from tests.commands import run_python
 from tests.conversion.made import make_run
 from tests.page.tree import Tree
 from tests.playground.opened import ask, draw, error, opened, overlay, pipeline_of, pixels, refusal
@@ -379,5 +378,5 @@ def test_a_pipeline_has_nothing_to_download(tmp_path):
 
 
 def test_help_teaches():
-    done = subprocess.run([sys.executable, "tools/playground.py", "--help"], capture_output=True, text=True)
+    done = run_python("tools/playground.py", "--help")
     assert done.returncode == 0 and "ssh -L 7860:127.0.0.1:7860" in done.stdout

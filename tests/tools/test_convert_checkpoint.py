@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from megadit.checkpoint.folder import latest
+from tests.commands import Command, run_python
 from tests.conversion.made import files_in, make_run
-from tests.ranks import heed_interrupts
 
 TOOL = "tools/convert_checkpoint.py"
 
@@ -56,18 +56,7 @@ def dense(tmp_path_factory):
 
 
 def test_by_command_it_exports_without_a_progress_bar_where_there_is_no_terminal(run, tmp_path):
-    command = [
-        sys.executable,
-        TOOL,
-        "export",
-        run,
-        tmp_path / "out",
-        "--dtype",
-        "bfloat16",
-        "--max-shard-size",
-        "100KB",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_python(TOOL, "export", run, tmp_path / "out", "--dtype", "bfloat16", "--max-shard-size", "100KB")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{tmp_path / 'out'}: weights 'ema' of step 3, from {latest(run / 'checkpoints')}\n"
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
@@ -304,21 +293,14 @@ def test_average_needs_two_sources(convert, run, tmp_path):
 
 def test_ctrl_c_leaves_nothing(tmp_path):
     make_run(tmp_path / "run", "model.width=256", "model.layers=24", "model.experts=8", kinds=("weight",))
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    tool = subprocess.Popen(
-        [sys.executable, TOOL, "export", tmp_path / "run", tmp_path / "out"],
-        stderr=subprocess.PIPE,
-        env=environment,
-        preexec_fn=heed_interrupts,
-    )
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("out.partial/*")):
-        assert tool.poll() is None, "it ended before it could be interrupted"
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    tool.send_signal(signal.SIGINT)
-    errors = tool.communicate(timeout=60)[1].decode()
-    assert (tool.returncode, errors) == (130, "convert_checkpoint: interrupted; nothing was written\n")
+    with Command([TOOL, "export", tmp_path / "run", tmp_path / "out"]) as tool:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("out.partial/*")):
+            assert tool.poll() is None, "it ended before it could be interrupted"
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        tool.send_signal(signal.SIGINT)
+        assert (tool.wait(60), tool.stderr) == (130, "convert_checkpoint: interrupted; nothing was written\n")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 

@@ -14,17 +14,18 @@ import pytest
 import torch
 
 from megadit.data.manifest import open_manifest
+from tests.commands import run_python
 from tests.data.encodings import files_of, quarantine_of, samples_of, tool_on, units_done
 from tests.data.planted import BAD, Planted, content, picture, plant, write_tar
 from tools import encode_dataset
 from tools.tiny_encoders import make_autoencoder, make_clip, make_t5
 
-COMMAND = [sys.executable, "tools/encode_dataset.py"]
+TOOL = "tools/encode_dataset.py"
 ENVIRON = os.environ | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def encode(*argv, command=COMMAND):
-    return subprocess.run([*command, *map(str, argv)], capture_output=True, text=True, env=ENVIRON)
+def encode(*argv):
+    return run_python(TOOL, *argv, env=ENVIRON)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,8 @@ def test_torchrun_makes_the_same_bytes_and_verify_reads_them(made, tmp_path):
     ((status, output, errors),) = tool_on(1, *argv, "--out", tmp_path / "alone", with_stand_ins=False)
     assert status == 0, errors
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    done = encode(*argv, "--out", tmp_path / "two", command=[*torchrun, COMMAND[1]])
+    command = [str(word) for word in (*torchrun, TOOL, *argv, "--out", tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRON)
     assert done.returncode == 0, done.stderr
     assert files_of(tmp_path / "two") == files_of(tmp_path / "alone")
     assert done.stdout.replace("two", "alone") == output

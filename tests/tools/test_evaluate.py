@@ -5,8 +5,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
-import sys
 from functools import partial
 
 import numpy as np
@@ -20,6 +18,7 @@ from megadit.evaluation.images import open_rgb
 from megadit.runtime.launch import Process
 from megadit.runtime.tool import answered
 from megadit.sampling.options import spoken
+from tests.commands import run_python
 from tests.evaluation.judges import make_clip, make_dinov2
 from tests.evaluation.test_geneval import LINES, write_results
 from tests.ranks import run_ranks, train_on
@@ -56,7 +55,7 @@ def sets(tmp_path_factory):
 
 
 def run_tool(*argv):
-    return subprocess.run([sys.executable, "tools/evaluate.py", *map(str, argv)], capture_output=True, text=True)
+    return run_python("tools/evaluate.py", *argv)
 
 
 def on_rank(rank, world_size, argv):

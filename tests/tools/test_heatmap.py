@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from megadit.sampling.evenness import evenness
+from tests.commands import run_python
 from tests.ranks import train_on
 from tools import heatmap as tool
 
@@ -31,7 +32,7 @@ def dense(tmp_path_factory):
 
 
 def heatmap(*argv):
-    return subprocess.run([sys.executable, "tools/heatmap.py", *map(str, argv)], capture_output=True, text=True)
+    return run_python("tools/heatmap.py", *argv)
 
 
 def frames_of(path):

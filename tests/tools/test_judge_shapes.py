@@ -1,12 +1,11 @@
 """A score of a run, by the command that users type."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from PIL import Image
 
+from tests.commands import run_python
 from tests.ranks import tool_on, train_on
 
 TOOL = "tools/judge_shapes.py"
@@ -22,8 +21,7 @@ def trained(tmp_path_factory):
 
 
 def judge(*argv):
-    command = [sys.executable, "tools/judge_shapes.py", *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return run_python(TOOL, *argv)
 
 
 def test_a_score_is_by_task_and_kind_and_can_be_shown_again(trained, tmp_path):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import run_python
+
 STUDY = """
 name: small
 base: base.yaml
@@ -31,8 +33,7 @@ def study(tmp_path):
 
 
 def reproduce(*argv):
-    command = [sys.executable, "tools/reproduce.py", *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return run_python("tools/reproduce.py", *argv)
 
 
 def no_times(record):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.commands import Command, run_python
 from tests.ranks import tool_on, train_on
 
 TOOL = "tools/sample.py"
@@ -32,7 +34,7 @@ def trained_on_classes(tmp_path_factory):
 
 
 def sample(*argv):
-    return subprocess.run([sys.executable, "tools/sample.py", *map(str, argv)], capture_output=True, text=True)
+    return run_python(TOOL, *argv)
 
 
 def cells(path, rows, columns, zoom):
@@ -179,12 +181,12 @@ def test_a_drawing_that_was_killed_goes_on(learned, tmp_path):
     prompts, folder, whole = tmp_path / "prompts.txt", tmp_path / "killed", tmp_path / "whole"
     prompts.write_text(FILE * 2)
     argv = [learned, "--prompts", prompts, "--steps", 40, "--batch", 2]
-    command = [sys.executable, TOOL, *map(str, argv), "--folder", str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with Command([TOOL, *argv, "--folder", folder]) as command:
         while len(list(folder.glob("*.png"))) < 2:
-            assert process.poll() is None, process.communicate()[1].decode()
+            assert command.poll() is None, command.stderr
             time.sleep(0.01)
-        process.kill()
+        command.send_signal(signal.SIGKILL)
+        command.wait()
     there = {path: (path.read_bytes(), path.stat().st_ino) for path in folder.glob("*.png")}
     assert 2 <= len(there) < 10
     for where in (folder, whole):

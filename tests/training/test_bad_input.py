@@ -1,11 +1,10 @@
 """Bad input: one clear message from one rank, exit status 2, nothing written."""
 
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
+from tests.commands import run_python
 from tests.ranks import train_on
 
 CONFIG = "tests/configs/tiny.yaml"
@@ -337,16 +336,14 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize("prompt", ["", "   "])
 def test_an_empty_prompt_is_refused(prompt, trained, tmp_path):
     out = tmp_path / "picture.png"
-    command = [sys.executable, "tools/sample.py", str(trained), "a handwritten one", prompt, "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_python("tools/sample.py", trained, "a handwritten one", prompt, "--out", out)
     assert done.returncode == 2
     assert done.stderr == "sample: prompt 1 is empty; say what to draw\n"
     assert not out.exists()
 
 
 def test_sampling_from_a_folder_without_a_run_is_refused(tmp_path):
-    command = [sys.executable, "tools/sample.py", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_python("tools/sample.py", tmp_path)
     assert done.returncode == 2
     assert f"{tmp_path / 'config.yaml'}: No such file" in done.stderr
     assert list(tmp_path.iterdir()) == []
