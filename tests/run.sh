@@ -1,16 +1,37 @@
 #!/usr/bin/env bash
-# Checks everything: style, types, directions of import, shell scripts, tests. Sets up its own environment.
-#
-#   bash tests/run.sh [pytest arguments]            all checks and the tests
-#   bash tests/run.sh --drills [pytest arguments]   only the long tests, those marked `drill`
+# Runs the checks and the tests, in three tiers. Sets up its own environment. `bash tests/run.sh --help` explains.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-drills=false
-if [[ ${1:-} == --drills ]]; then
-    drills=true
-    shift
-fi
+usage() {
+    cat <<'EOF'
+usage: bash tests/run.sh [--all | --drills | --rest K] [pytest arguments]
+
+  bash tests/run.sh             lint, types, import directions, shell scripts, and the quick tests: before each commit
+  bash tests/run.sh --all       the same checks, and all tests but the drills
+  bash tests/run.sh --drills    only the drills
+  bash tests/run.sh --rest K    only a tenth of the slow tests and drills, K from 1 to 10: what continuous integration
+                                adds to the quick tests. With MEGADIT_CI_MINUTES=M it starts no test that would
+                                not end within M minutes, and lists what it left out
+
+What follows goes to pytest: `bash tests/run.sh tests/zero -k footprint`, `bash tests/run.sh -n 0 -x`.
+
+A test belongs to one of three tiers:
+  quick    no marker. Every module, every mechanism once, every error path, one parity case for each mechanism and each
+           pair of them that interacts. A second, so that the tier stays at minutes; no test takes 10.
+  slow     @pytest.mark.slow. Further combinations of what a quick test shows once; real launchers, daemons, browsers
+           and whole documentation pages. Seconds to a minute.
+  drill    @pytest.mark.drill. Minutes: whole sweeps, trainings that are killed again and again, the tests of the tests.
+When in doubt: a test that alone notices some fault is quick if it can be made fast, and slow if it cannot.
+EOF
+}
+
+tier=quick
+case ${1:-} in
+    --help | -h) usage && exit ;;
+    --all | --drills) tier=${1#--} && shift ;;
+    --rest) tier=rest && share=${2:?--rest needs a number from 1 to 10} && shift 2 ;;
+esac
 
 # Runs a command under a name; prints the name, and the seconds that it took.
 stage() {
@@ -50,23 +71,37 @@ check_shell() {
     shellcheck --external-sources "${scripts[@]}"
 }
 
-run_drills() {
+check() {
+    stage ruff ruff check .
+    stage mypy mypy
+    stage imports lint-imports --no-logo
+    stage shell check_shell
+}
+
+# Two processes run the tests, file by file: many tests wait for most of their time.
+run_tests() {
     local status=0
-    python -m pytest -m drill --timeout 1800 "$@" || status=$?
+    python -m pytest --numprocesses 2 --dist loadfile --durations 15 "$@" || status=$?
     if [[ $status == 5 ]]; then # pytest's "no tests collected"
-        echo "no drills among these"
+        echo "no tests of this tier among these"
         status=0
     fi
     return "$status"
 }
 
+run_rest() {
+    if [[ -n ${MEGADIT_CI_MINUTES:-} ]]; then
+        MEGADIT_TEST_DEADLINE=$(($(date +%s) + 60 * MEGADIT_CI_MINUTES))
+        export MEGADIT_TEST_DEADLINE
+    fi
+    # durations.json: what the tenths are balanced by. `--store-durations` writes it.
+    run_tests -m "slow or drill" --timeout 1800 --durations-path tests/durations.json --splits 10 --group "$share" "$@"
+}
+
 stage set-up set_up
-if $drills; then
-    stage drills run_drills "$@"
-else
-    stage ruff ruff check .
-    stage mypy mypy
-    stage imports lint-imports --no-logo
-    stage shell check_shell
-    stage pytest python -m pytest "$@"
-fi
+case $tier in
+    quick) check && stage pytest run_tests "$@" ;;
+    all) check && stage pytest run_tests -m "not drill" "$@" ;;
+    drills) stage drills run_tests -m drill --timeout 1800 "$@" ;;
+    rest) stage "rest, share $share of 10" run_rest "$@" ;;
+esac
