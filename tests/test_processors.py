@@ -31,6 +31,6 @@ def test_the_quick_tests_pass_on_kernels_of_another_processor(setting, tmp_path)
         timeout=TIME_LIMIT,
     )  # fmt: skip
     assert done.returncode == 0, (
-        f"quick tests fail with {name_of(setting)}. Those that pass without it compare two ways of computing to the bit; "
-        f"compare them to 1e-12 in float64:\n{done.stdout[-20_000:]}"
+        f"quick tests fail with {name_of(setting)}. One that passes without compares two ways of computing to the bit; "
+        f"compare to 1e-12 in float64:\n{done.stdout[-20_000:]}"
     )
