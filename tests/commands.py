@@ -19,6 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tests.ranks import TIME_LIMIT, fork_context
 
 
@@ -57,6 +59,8 @@ def _main(argv: Sequence[str], environ: Mapping[str, str], folder: str, streams:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environ)
+    if "OMP_NUM_THREADS" in environ:  # read once, when torch was imported
+        torch.set_num_threads(int(environ["OMP_NUM_THREADS"]))
     sys.exit(_execute(argv))
 
 

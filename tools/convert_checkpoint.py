@@ -55,8 +55,8 @@ layer that it replaces, the router as in a new model. Optimizer state and averag
   python tools/convert_checkpoint.py upcycle runs/dense runs/moe model.experts=8 model.capacity_factor=2
   python -m megadit.train --config runs/moe/config.yaml run.steps=2000
 
-It says whether the new model computes exactly what the dense one did, and if not, why. It does, for instance, with
-model.routing=token_choice model.dropless=true model.normalise_gates=true.
+It says whether the new model computes what the dense one did, but for rounding, and if not, why. It does, for instance,
+with model.routing=token_choice model.dropless=true model.normalise_gates=true.
 """
 AVERAGE = """\
 Make a run's folder of the mean of the weights of several checkpoints of one network, summed in float64.
@@ -184,7 +184,7 @@ def upcycle(args: argparse.Namespace) -> int:
     if done.departures:
         print(f"the model starts elsewhere than the dense one: {'; '.join(done.departures)}")
     else:
-        print("the model computes exactly what the dense one did")
+        print("the model computes what the dense one did, but for rounding")
     return 0
 
 

@@ -54,4 +54,6 @@ def build_network(config: RunConfig, weights: Weights, dtype: torch.dtype, devic
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             parameter.copy_(weights.source.read(weights.tensors[name]))
-    return network.to(device).eval().requires_grad_(False)
+    # Its parameters require gradients, as those of a sampler do: by that torch.matmul decides whether it multiplies a
+    # strided batch as one matrix, and the two ways round differently.
+    return network.to(device).eval()

@@ -1,6 +1,7 @@
 """`ECDiTPipeline`: prompts to pictures, called as pipelines of diffusers are; it imports diffusers for its parts only.
 
-Pictures of a seed are those of tools/sample.py, bit for bit, where batches are the same.
+Pictures of a seed are those of tools/sample.py to rounding; bit for bit where both make the same calls, that is with as
+many pictures at once, as many threads and the run's own files.
 """
 
 from __future__ import annotations

@@ -53,9 +53,9 @@ def encoders(tmp_path_factory):
     tiny.make_t5(t5)
     tiny.make_clip(clip)
     return {
-        "t5": FrozenText.load("t5", str(t5), LENGTH, "cpu", torch.float32),
-        "clip": FrozenText.load("clip", str(clip), LENGTH, "cpu", torch.float32),
-        "pooling": FrozenText.load("clip", str(clip), 32, "cpu", torch.float32),
+        "t5": FrozenText.load("t5", str(t5), LENGTH, "cpu", torch.float64),
+        "clip": FrozenText.load("clip", str(clip), LENGTH, "cpu", torch.float64),
+        "pooling": FrozenText.load("clip", str(clip), 32, "cpu", torch.float64),
     }
 
 

@@ -1,11 +1,13 @@
 """Real processes: whatever starts them, the same training has the same losses."""
 
+import json
 import subprocess
 import sys
 from contextlib import ExitStack
 
 import pytest
 
+from megadit.training.events import EVENTS_FILE
 from megadit.training.metrics import METRICS_FILE, read_metrics
 from tests.launch.environment import environ
 from tests.ranks import free_port
@@ -79,8 +81,14 @@ def one_process(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """Every launcher's curve."""
-    return {start.__name__: curve(start(tmp_path_factory.mktemp(start.__name__) / "run")) for start in LAUNCHERS}
+    """Every launcher's curve, each of one training on two processes."""
+    curves = {}
+    for start in LAUNCHERS:
+        folder = tmp_path_factory.mktemp(start.__name__) / "run"
+        curves[start.__name__] = curve(start(folder))
+        begun = json.loads((folder / EVENTS_FILE).read_text().splitlines()[0])
+        assert (begun["event"], begun["world_size"]) == ("start", 2), start.__name__
+    return curves
 
 
 def test_one_process_repeats_itself(one_process, tmp_path):
@@ -95,4 +103,3 @@ def test_every_launcher_starts_the_same_training(two_processes):
 def test_two_processes_train_as_one_does(one_process, two_processes):
     for found, expected in zip(two_processes["torchrun"], one_process, strict=True):
         assert found == pytest.approx(expected, rel=1e-9, abs=0)
-    assert two_processes["torchrun"] != one_process, "bitwise equal: were there two processes?"

@@ -65,7 +65,7 @@ def test_chained_stages_are_the_network(build, inputs, cuts, model):
     outputs = tensors(stages[-1](*carry, **keywords))
     assert [part.shape for part in outputs] == [image.shape, *[(1,)] * (BALANCE in shapes)]
     for part, wanted in zip(outputs, tensors(whole(image, **keywords)), strict=True):
-        assert torch.equal(part, wanted)
+        torch.testing.assert_close(part, wanted, rtol=0, atol=1e-12)
     names = [name for stage in stages for name, _ in stage.named_parameters()]
     assert len(set(names)) == len(names)
     assert set(names) == {name for name, _ in whole.named_parameters()}
@@ -79,7 +79,8 @@ def test_the_balance_loss_is_the_sum_over_layers(build, inputs):
     for block in (network.blocks["1"], network.blocks["3"]):
         block.register_forward_hook(lambda _block, _args, out: found.append(out[1].balance))
     _, balance = network(image, **keywords)
-    assert len(found) == 2 and torch.equal(balance, found[0] + found[1])
+    assert len(found) == 2
+    torch.testing.assert_close(balance, found[0] + found[1], rtol=0, atol=1e-12)
     assert build(range(4), routing="token_choice")(image, **keywords).shape == image.shape
     stage, keywords["timesteps_B"] = build(range(1), **BALANCED).to(torch.bfloat16), torch.tensor([0.3, 0.9])
     carry = stage(image.bfloat16(), **keywords)
@@ -153,7 +154,9 @@ def test_recomputing_changes_no_gradient(build, inputs, model, recompute):
     plain, recomputed = gradients
     for name, gradient in plain.items():
         assert gradient.norm() > 0, name
-        assert torch.equal(recomputed[name], gradient), name
+        torch.testing.assert_close(
+            recomputed[name], gradient, rtol=1e-12, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("recompute", ["none", "block", "moe"])
@@ -210,7 +213,7 @@ def test_embedders_of_a_layer_condition_that_layer_alone(build, inputs):
             state[name] = state[f"embed.{name.split('.embedder.')[1]}"]
     own.load_state_dict(state)
     velocity = own(image, **keywords)
-    assert torch.equal(velocity, shared(image, **keywords))
+    torch.testing.assert_close(velocity, shared(image, **keywords), rtol=0, atol=1e-12)
     seen = {}
     for layer, block in own.blocks.items():
         block.register_forward_pre_hook(lambda _, args, layer=layer: seen.update({layer: args[1]}))
@@ -268,8 +271,9 @@ def test_a_network_that_sees_all_tokens_in_their_order_is_the_network(build, inp
     whole, part = (
         tensors(network(image, **keywords | seen)) for seen in ({}, {"kept_BT": torch.arange(16).repeat(2, 1)})
     )
-    assert torch.equal(part[0], patchify(whole[0], 2))
-    assert all(torch.equal(*balances) for balances in zip(part[1:], whole[1:], strict=True))
+    wanted = (patchify(whole[0], 2), *whole[1:])
+    for found, expected in zip(part, wanted, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("positions", ["sincos", "rotary"])
@@ -292,7 +296,7 @@ def test_tokens_that_are_dropped_do_not_matter_and_the_others_know_their_places(
     patches, noise = patchify(image, 2), randn(2, 16, 12)
     seen = torch.zeros(2, 16, 1, dtype=torch.bool).scatter(1, places[:, :, None], True)
     other = unpatchify(torch.where(seen, patches, noise), 2, (8, 8))
-    assert torch.equal(velocity(other), found)
+    torch.testing.assert_close(velocity(other), found, rtol=0, atol=1e-12)
     # The same patches in other places, and in another order.
     moved = torch.tensor([[3, 1, 5, 6, 9, 15], [2, 3, 4, 7, 8, 9]])
     taken = unpatchify(patches.scatter(1, moved[:, :, None].expand(-1, -1, 12), kept(patches, places)), 2, (8, 8))

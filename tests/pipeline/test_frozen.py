@@ -59,7 +59,8 @@ def test_latents_are_decoded_by_the_autoencoder(made):
     assert latents.shape == (2, 2, 4, 4) and pixels.shape == (2, 3, 32, 32)
     autoencoder = Autoencoder.load(str(encoders / "vae"), "cpu", torch.float32)
     for latent, image in zip(latents, pixels, strict=True):
-        assert torch.equal((autoencoder.decode(latent[None]) / 2 + 0.5).clamp(0, 1)[0], image)
+        expected = (autoencoder.decode(latent[None]) / 2 + 0.5).clamp(0, 1)[0]
+        torch.testing.assert_close(image, expected, rtol=0, atol=1e-6)
     (picture, _) = pipe(PROMPTS, generator=1).images
     assert (picture.mode, picture.size) == ("RGB", (32, 32))
     assert np.abs(np.asarray(picture) - 255 * pixels[0].permute(1, 2, 0).numpy()).max() <= 0.5 + 1e-4
@@ -96,7 +97,8 @@ def test_it_comes_back_from_disk_with_its_encoders(made, tmp_path):
             each(PROMPTS, negative, generator=3, num_images_per_prompt=2, output_type=output).images
             for each in (pipe, again)
         )
-        assert torch.equal(ours, back)
+        # Kernels round by how an encoder's weights are aligned, which are used where their file has them.
+        torch.testing.assert_close(back, ours, rtol=0, atol=1e-5)
     assert (again.scheduler, again.parts.sizes) == (pipe.scheduler, pipe.parts.sizes)
 
 

@@ -21,6 +21,7 @@ from megadit.training.config import load_config
 from megadit.training.restore import open_sampler
 from tests.commands import run_python
 from tests.conversion.made import make_run
+from tests.launch.environment import environ
 from tests.ranks import run_ranks, train_on
 
 PROMPTS = ["a handwritten seven", "the digit 3", "number one"]
@@ -30,6 +31,15 @@ KINDS = {
     "classes": (["7", "3", "0"], ["model.conditioning=class", "model.classes=10", "model.routing_group=batch"]),
     "solver": (PROMPTS, ["sample.sampler=dpm++", "sample.steps=4", "sample.shift=2", "objective.shift_tokens=8"]),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As many as the ranks have that the pipeline is compared with: more of them cut sums otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -77,7 +87,7 @@ def drawn_by_the_sampler(rank, world_size, folder, prompts, seed, changes):
 def test_pictures_are_those_of_the_tool_bit_for_bit(kind, run, pipe, tmp_path):
     prompts = [prompt for prompt in KINDS[kind][0] for _ in range(2)]
     argv = ["--repeat", 2, "--seed", 5, "--zoom", 1, "--out", tmp_path / "grid.png"]
-    done = run_python("tools/sample.py", run, *KINDS[kind][0], *argv)
+    done = run_python("tools/sample.py", run, *KINDS[kind][0], *argv, env=environ())
     assert done.returncode == 0, done.stderr
     pictures = pipe(KINDS[kind][0], num_images_per_prompt=2, generator=5).images
     for picture, cell in zip(pictures, cells(tmp_path / "grid.png", 6), strict=True):
@@ -140,7 +150,7 @@ def test_one_euler_step_without_guidance_is_noise_minus_velocity(kind, pipe):
     filled = [*prompts, *[prompts[-1]] * (-len(prompts) % group)]
     noise = noise_of(11, range(len(filled)), (1, *size))
     exact = torch.float32 if kind == "bfloat16" else torch.float64
-    times = torch.ones(len(filled), dtype=exact)
+    times = torch.ones(1, dtype=exact).expand(len(filled))  # strided as the sampler's: the very same call
     with torch.no_grad():
         velocity = pipe.transformer(
             noise.to(exact).to(pipe.dtype), timesteps_B=times, size=size, **pipe.parts.condition.encode(filled)
@@ -227,7 +237,7 @@ def test_a_negative_prompt_is_for_all_or_for_each(captions):
         for negative in (None, "zero", ["zero", "", "zero"], "")
     )
     assert torch.equal(plain, none) and not torch.equal(plain[0], all_[0])
-    assert torch.equal(each[[0, 2]], all_[[0, 2]]) and torch.equal(each[1], plain[1])
+    torch.testing.assert_close(each, torch.stack([all_[0], plain[1], all_[2]]), rtol=0, atol=1e-12)
 
 
 def test_a_callback_is_called_as_diffusers_calls_it(captions):

@@ -277,7 +277,7 @@ def test_latents_are_started_from(answered):
     if answered[1] == 1:
         np.testing.assert_array_equal(found["given"], found["plain"])
     else:  # the filling that the third image competes with has noise of another seed
-        np.testing.assert_array_equal(found["given"][:2], found["plain"][:2])
+        np.testing.assert_allclose(found["given"][:2], found["plain"][:2], rtol=0, atol=1e-12)
     wanted = "give floating-point ones of [3, 1, 8, 8]"
     assert found["shape"] == f"ValueError: latents are torch.float32 of [3, 1, 8, 7]; {wanted}"
     assert found["whole numbers"].startswith("ValueError: latents are torch.int64 of [3, 1, 8, 8]")
@@ -288,7 +288,7 @@ def test_a_negative_prompt_takes_the_place_of_nothing(answered):
     found, group = answered
     np.testing.assert_array_equal(found["nothing"], found["plain"])
     changed = np.abs(found["negative"] - found["plain"]).reshape(3, -1).max(axis=1)
-    assert changed[0] > 1e-3 and (changed[group:] == 0).all()
+    assert changed[0] > 1e-3 and (changed[group:] < 1e-12).all()
     assert found["few"] == "ValueError: 1 negative prompts for 3 images; give one for each"
 
 

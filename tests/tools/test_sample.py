@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.commands import Command, run_python
+from tests.launch.environment import environ
 from tests.ranks import tool_on, train_on
 
 TOOL = "tools/sample.py"
@@ -76,7 +77,8 @@ def test_a_run_on_classes_draws_their_numbers_and_by_default_all_in_turn(trained
         drawn[name] = cells(path, rows=3 if name == "more" else 2, columns=5, zoom=1)
     assert all((a == b).all() for a, b in zip(drawn["named"], drawn["default"], strict=True))
     # The groups of the first eight pictures are whole in all three.
-    assert all((a == b).all() for a, b in zip(drawn["named"][:8], drawn["more"], strict=False))
+    for cell, other in zip(drawn["named"][:8], drawn["more"], strict=False):
+        assert np.abs(cell.astype(int) - other).max() <= 1
 
 
 @pytest.mark.parametrize("prompt", ["seven", "10", "-1"])
@@ -181,7 +183,8 @@ def test_a_drawing_that_was_killed_goes_on(learned, tmp_path):
     prompts, folder, whole = tmp_path / "prompts.txt", tmp_path / "killed", tmp_path / "whole"
     prompts.write_text(FILE * 2)
     argv = [learned, "--prompts", prompts, "--steps", 40, "--batch", 2]
-    with Command([TOOL, *argv, "--folder", folder]) as command:
+    # With as many threads as the ranks that go on: sums are cut otherwise among more.
+    with Command([TOOL, *argv, "--folder", folder], env=environ()) as command:
         while len(list(folder.glob("*.png"))) < 2:
             assert command.poll() is None, command.stderr
             time.sleep(0.01)
