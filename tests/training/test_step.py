@@ -180,7 +180,11 @@ def test_a_step_reports_the_mean_loss_and_the_norm_before_clipping():
 
 def reported(rank, world_size, overrides):
     run = assembled(rank, world_size, *overrides)
-    return read(run, [make_step(run, 1), make_step(run, 2)])
+    outcomes = [train_step(run, after(step)) for step in (0, 1)]
+    reports = read(run, [outcome.unread for outcome in outcomes])
+    for outcome, report in zip(outcomes, reports, strict=True):  # what the host knows at once is what is read later
+        assert (outcome.loss, outcome.grad_norm) == pytest.approx((report.loss, report.grad_norm), rel=1e-12, abs=0)
+    return reports
 
 
 TOKEN_CHOICE = ["model.routing=token_choice", "model.balance_loss=0.1"]
