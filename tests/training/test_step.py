@@ -178,6 +178,20 @@ def test_a_step_reports_the_mean_loss_and_the_norm_before_clipping():
     assert cleared
 
 
+def averaged_step(rank, world_size):
+    run = assembled(rank, world_size)
+    before = {name: parameter.detach().clone() for name, parameter in run.named}
+    make_step(run, 1)
+    averages = {average.name: average.flat for average in run.ema.averages}
+    for name, parameter in run.named:  # the first average keeps a tenth of the start
+        expected = 0.1 * before[name] + 0.9 * parameter.detach()
+        torch.testing.assert_close(averages[name].view_as(parameter), expected, rtol=1e-12, atol=1e-15)
+
+
+def test_a_step_averages_the_weights_that_it_leaves():
+    run_ranks(averaged_step, 1)
+
+
 def reported(rank, world_size, overrides):
     run = assembled(rank, world_size, *overrides)
     outcomes = [train_step(run, after(step)) for step in (0, 1)]

@@ -9,7 +9,7 @@ from megadit.parallel.grid import Grid, Layout
 from megadit.parallel.placement import Cut, Placement, placed
 from megadit.parallel.tensor.mappings import ReplicatedTokens
 from megadit.training.config import load_config
-from megadit.zero.groups import OptimConfig, global_norm, group_parameters
+from megadit.zero.groups import OptimConfig, global_norm, group_parameters, read_update
 from megadit.zero.reference import ReferenceEngine
 from tests.parallel.places import Place, layouts_of
 from tests.ranks import run_ranks
@@ -109,6 +109,19 @@ def a_stage_without_owned_parameters(rank, world_size):
 
 def test_a_rank_that_owns_nothing_takes_part_in_the_norm():
     run_ranks(a_stage_without_owned_parameters, 2)
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_a_step_is_applied_where_norm_and_loss_are_finite(bad):
+    def is_applied(squares, loss):
+        sums = torch.tensor([squares, loss, 2.0], dtype=torch.float64)
+        update = read_update(sums[0].sqrt(), sums)
+        assert update.told == 2
+        return update.applied
+
+    assert is_applied(4.0, 0.5)
+    assert not is_applied(bad, 0.5)
+    assert not is_applied(4.0, bad)
 
 
 def reduced(rank, world_size, layout):
