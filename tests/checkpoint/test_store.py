@@ -18,9 +18,11 @@ from megadit.checkpoint import (
     Piece,
     SaveError,
     flat_range_boxes,
+    go_back,
     latest,
     load,
     load_tensors,
+    newest_before,
     read_manifest,
     save,
 )
@@ -337,6 +339,16 @@ def test_keep_every_spares_the_multiples(keep, keep_every, expected, tmp_path, o
     for step in range(1, 11):
         save(tmp_path, step, {}, {}, keep, keep_every)
     assert [int(path.name.removeprefix("step_")) for path in sorted(tmp_path.glob("step_*"))] == expected
+
+
+def test_going_back_removes_the_later_checkpoints_alone(tmp_path, one_rank):
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step, {}, {})
+    assert newest_before(tmp_path, 3).name == "step_00000002"
+    assert newest_before(tmp_path, 1) is None
+    go_back(tmp_path, 2)
+    assert latest(tmp_path).name == "step_00000002"
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000001", "step_00000002"]
 
 
 def test_a_disk_that_is_full_at_any_write_leaves_the_old_state_and_its_room(tmp_path, one_rank, monkeypatch):

@@ -167,10 +167,8 @@ def test_reasons_add_up():
 
 
 def test_noise_is_relative_differs_between_experts_and_repeats(tmp_path):
-    kinds, dtypes = (
-        ("weight", "master", "ema"),
-        {"weight": torch.bfloat16, "master": torch.float32, "ema": torch.float32},
-    )
+    kinds = ("weight", "master", "ema", "exp_avg", "exp_avg_sq")
+    dtypes = {kind: torch.bfloat16 if kind == "weight" else torch.float32 for kind in kinds}
     options = ["run.dtype=bfloat16", "zero.stage=1"]
     dense = make_run(tmp_path / "dense", *DENSE, *options, kinds=kinds, dtypes=dtypes)
     made = upcycle(tmp_path / "dense", tmp_path / "moe", SURE, 0.25, 7, silent)
@@ -187,6 +185,9 @@ def test_noise_is_relative_differs_between_experts_and_repeats(tmp_path):
             assert torch.equal(tensor, found[name.replace("weight.", "master.", 1)].bfloat16()) or name in dense, name
     moved = found["ema.blocks.1.feedforward.experts.up"] - dense["ema.blocks.1.feedforward.up.weight"].t()
     torch.testing.assert_close(moved, added, rtol=0, atol=1e-5)
+    for moment in ("exp_avg", "exp_avg_sq"):  # without noise, which could make a square negative
+        whole = dense[f"{moment}.blocks.1.feedforward.up.weight"].t()
+        assert torch.equal(found[f"{moment}.blocks.1.feedforward.experts.up"], whole.expand(4, -1, -1))
     upcycle(tmp_path / "dense", tmp_path / "again", SURE, 0.25, 7, silent)
     upcycle(tmp_path / "dense", tmp_path / "other", SURE, 0.25, 8, silent)
     same, other = tensors_of(tmp_path / "again"), tensors_of(tmp_path / "other")

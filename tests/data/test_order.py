@@ -208,6 +208,17 @@ def test_seeds_and_cycles_have_orders_of_their_own():
     assert all(a != b for a, b in itertools.combinations(passes, 2))
 
 
+def test_each_pass_has_an_order_of_its_own():
+    """A cycle of four steps shows half of the samples: every pass is halved in another way."""
+    order = Order(0, 4, {"a": (Share(0, samples=32, per_cycle=16),)})
+    halves = [
+        {index for step in range(first, first + 4) for index in order.places(step).index_B.tolist()}
+        for first in (1, 5, 9, 13)
+    ]
+    assert halves[0] | halves[1] == halves[2] | halves[3] == set(range(32))
+    assert halves[0] not in halves[2:]
+
+
 def test_a_small_share_is_shown_over_and_over():
     order = Order(0, 4, {"a": (Share(0, 3, 5), Share(1, 9, 7))})
     passes = Counter(place for _, samples in walk(order, order.steps_through(5)) for place in samples if place[0] == 0)

@@ -5,10 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megadit.model.config import ECDiTConfig
 from megadit.model.moe import MoE
 from megadit.model.router import expert_choice, seat, token_choice
+from megadit.parallel.grid import Grid, Layout
+from megadit.parallel.init import Normal, initialise
+from megadit.parallel.tensor.mappings import ReplicatedTokens
 from tests.model import naive
+from tests.parallel.places import Place
 from tests.parity.cases import pairwise
+from tests.ranks import run_ranks
 
 LAYER = 3
 WAYS = {
@@ -130,6 +136,26 @@ def test_balance_loss_sums_over_images_and_reaches_what_the_router_reads(
 def test_any_number_of_experts_and_any_capacity(build, inputs, randn, way, experts, capacity_factor):
     changes = WAYS[way] | {"experts": experts, "capacity_factor": capacity_factor, "top_k": min(2, experts)}
     assert_equals_naive(build(**changes), inputs(), randn)
+
+
+def cut_over_ranks(rank, world_size, changes):
+    """Output and gradient of this rank's images, with experts cut as [ep, tp, local], and with all of them here."""
+    config = ECDiTConfig(width=32, experts=8, **changes)
+    found = []
+    for grid in (Grid(Layout(pp=1, edp=1, ep=2, tp=2), rank), Place(Layout(1, 1, 1, 1), 0)):
+        moe = MoE(config, LAYER, ReplicatedTokens(grid["tp"]), grid["ep"]).double()
+        initialise(moe.named_parameters(), grid, 1, lambda name: Normal(0.2))
+        generator = torch.Generator().manual_seed(rank // 2)  # tensor ranks see the same images
+        x_BTD, weight_BTD = torch.randn(2, 2, 12, 32, dtype=torch.float64, generator=generator)
+        output, _ = moe(x_BTD.requires_grad_(), x_BTD, x_BTD[:, 0])
+        found.append((output, *torch.autograd.grad((output * weight_BTD).sum(), [x_BTD])))
+    for cut, whole in zip(*found, strict=True):
+        torch.testing.assert_close(cut, whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_experts_of_four_ranks_compute_what_they_do_on_one(way):
+    run_ranks(cut_over_ranks, 4, WAYS[way] | {"shared_experts": 1, "normalise_gates": True})
 
 
 @pytest.mark.parametrize("way", WAYS)

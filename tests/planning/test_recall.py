@@ -54,6 +54,13 @@ def test_numbers_of_another_type_are_another_call():
         assert recalled(add, (x, 1.0), {}).dtype == torch.float32
 
 
+def test_arguments_of_another_dtype_shape_or_stride_are_another_call():
+    halves = torch.empty(4, 2, dtype=torch.bfloat16, device="meta")
+    for x in (halves, halves.float(), halves.new_empty(2, 4), halves.new_empty(2, 4).t()) * 2:
+        plain = torch.ops.aten.neg.default(x)
+        assert facts(recalled(torch.ops.aten.neg.default, (x,), {})) == facts(plain)
+
+
 def test_results_do_not_share_memory():
     x = torch.empty(3, device="meta")
     first, second = (recalled(torch.ops.aten.neg.default, (x,), {}) for _ in range(2))

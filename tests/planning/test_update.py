@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megadit.model.weights import decays
 from megadit.parallel.grid import Layout
 from megadit.planning.update import update_of
-from megadit.zero.footprint import local_parameters, state_of
+from megadit.zero.footprint import LocalParameter, local_parameters, state_of
 from tests.ranks import run_ranks
 from tests.zero.runs import backward, fresh
 
@@ -33,6 +33,16 @@ def tensors(tree):
     elif isinstance(tree, list | tuple):
         for item in tree:
             yield from tensors(item)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_zero_2_reduces_after_every_microbatch(stage):
+    parameters = [LocalParameter(name, 64, ("edp", "ep"), False, True) for name in ("up", "down")]
+    engine = state_of(stage, parameters, torch.float32, Layout(pp=1, edp=4, ep=1, tp=1), 0, 0.01)
+    costs = [update_of(engine, microbatches, foreach=True) for microbatches in (1, 2, 3)]
+    for one, two, three in zip(*costs, strict=True):
+        assert three - two == two - one
+        assert (two > one) == (stage == 2)
 
 
 def step_costs(rank, world_size, overrides):

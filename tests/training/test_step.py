@@ -178,9 +178,27 @@ def test_a_step_reports_the_mean_loss_and_the_norm_before_clipping():
     assert cleared
 
 
+def averaged_step(rank, world_size):
+    run = assembled(rank, world_size)
+    before = {name: parameter.detach().clone() for name, parameter in run.named}
+    make_step(run, 1)
+    averages = {average.name: average.flat for average in run.ema.averages}
+    for name, parameter in run.named:  # the first average keeps a tenth of the start
+        expected = 0.1 * before[name] + 0.9 * parameter.detach()
+        torch.testing.assert_close(averages[name].view_as(parameter), expected, rtol=1e-12, atol=1e-15)
+
+
+def test_a_step_averages_the_weights_that_it_leaves():
+    run_ranks(averaged_step, 1)
+
+
 def reported(rank, world_size, overrides):
     run = assembled(rank, world_size, *overrides)
-    return read(run, [make_step(run, 1), make_step(run, 2)])
+    outcomes = [train_step(run, after(step)) for step in (0, 1)]
+    reports = read(run, [outcome.unread for outcome in outcomes])
+    for outcome, report in zip(outcomes, reports, strict=True):  # what the host knows at once is what is read later
+        assert (outcome.loss, outcome.grad_norm) == pytest.approx((report.loss, report.grad_norm), rel=1e-12, abs=0)
+    return reports
 
 
 TOKEN_CHOICE = ["model.routing=token_choice", "model.balance_loss=0.1"]

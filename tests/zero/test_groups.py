@@ -9,7 +9,7 @@ from megadit.parallel.grid import Grid, Layout
 from megadit.parallel.placement import Cut, Placement, placed
 from megadit.parallel.tensor.mappings import ReplicatedTokens
 from megadit.training.config import load_config
-from megadit.zero.groups import OptimConfig, global_norm, group_parameters
+from megadit.zero.groups import OptimConfig, global_norm, group_parameters, read_update
 from megadit.zero.reference import ReferenceEngine
 from tests.parallel.places import Place, layouts_of
 from tests.ranks import run_ranks
@@ -78,26 +78,52 @@ def gradient_of(name, shape, rank, ranks_of):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def norm_on(rank, world_size, layout):
-    """The norm of gradients that are already reduced: replicas hold equal ones."""
-    grid, owned, squares = Grid(layout, rank), [], 0.0
+def reduced_gradients(grid):
+    """(this rank's part of each gradient by name, the norm of all): replicas hold equal ones."""
+    parts, squares = {}, torch.zeros((), dtype=torch.float64)
     for name, placement in PLACEMENTS.items():
         whole = gradient_of(name, (8, 3), 0, int)
         squares += whole.square().sum()
         local = (8 // grid.size(placement.cuts[0].axes), 3) if placement.cuts else (8, 3)
         begin = placement.offsets(local, grid)[0]
-        if placement.is_owner(grid):
-            owned.append(whole[begin : begin + local[0]])
+        parts[name] = whole[begin : begin + local[0]]
+    return parts, squares.sqrt()
+
+
+def norm_on(rank, world_size, layout):
+    grid = Grid(layout, rank)
+    parts, expected = reduced_gradients(grid)
+    owned = [parts[name] for name, placement in PLACEMENTS.items() if placement.is_owner(grid)]
     norm, sums = global_norm(
         owned, grid, torch.zeros((), dtype=torch.float64), SOUND, torch.tensor(rank + 0.5), told=0.25
     )
     assert sums[1:].tolist() == [8.0, 1.0], "each rank's loss, and what it tells"
-    torch.testing.assert_close(norm, squares.sqrt(), rtol=1e-14, atol=0)
+    torch.testing.assert_close(norm, expected, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("layout", [Layout(1, 1, 2, 2), Layout(1, 2, 2, 1), Layout(1, 2, 1, 2)], ids=str)
 def test_the_norm_counts_every_element_once(layout):
     run_ranks(norm_on, 4, layout)
+
+
+def clipped(rank, world_size, layout):
+    """First moments after a step show by which norm this rank's gradients were clipped."""
+    grid = Grid(layout, rank)
+    parts, norm = reduced_gradients(grid)
+    named = [(name, placed(part.shape, PLACEMENTS[name], dtype=part.dtype)) for name, part in parts.items()]
+    for name, parameter in named:
+        parameter.grad = parts[name].clone()
+    engine = ReferenceEngine(named, grid, OptimConfig(clip=0.5, betas=(0.9, 0.95)), decays)
+    update = engine.step(1e-3, torch.zeros(()))
+    torch.testing.assert_close(update.norm, norm, rtol=1e-14, atol=0)
+    moments = {fragment.name: fragment.flat for fragment in engine.fragments() if fragment.kind == "exp_avg"}
+    for name, part in parts.items():
+        torch.testing.assert_close(moments[name], 0.1 * 0.5 / (norm + 1e-6) * part.reshape(-1), rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("layout", [Layout(1, 1, 2, 2), Layout(1, 2, 1, 2)], ids=str)
+def test_gradients_are_clipped_by_the_norm_of_all(layout):
+    run_ranks(clipped, 4, layout)
 
 
 def a_stage_without_owned_parameters(rank, world_size):
@@ -109,6 +135,19 @@ def a_stage_without_owned_parameters(rank, world_size):
 
 def test_a_rank_that_owns_nothing_takes_part_in_the_norm():
     run_ranks(a_stage_without_owned_parameters, 2)
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_a_step_is_applied_where_norm_and_loss_are_finite(bad):
+    def is_applied(squares, loss):
+        sums = torch.tensor([squares, loss, 2.0], dtype=torch.float64)
+        update = read_update(sums[0].sqrt(), sums)
+        assert update.told == 2
+        return update.applied
+
+    assert is_applied(4.0, 0.5)
+    assert not is_applied(bad, 0.5)
+    assert not is_applied(4.0, bad)
 
 
 def reduced(rank, world_size, layout):
