@@ -27,7 +27,8 @@ import torch.distributed as dist
 
 from megadit.data.mixture import Mixture
 from megadit.runtime.agreement import gathered
-from megadit.runtime.launch import LaunchError, NotMet, Process, discover, process_group
+from megadit.runtime.environment import LaunchError, NotMet, discover
+from megadit.runtime.launch import Process, process_group
 from megadit.runtime.lock import hold
 from megadit.runtime.log import setup_logging
 from megadit.runtime.seed import use_deterministic_kernels

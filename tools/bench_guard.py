@@ -45,8 +45,9 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from megadit.parallel.replicas import differing_replicas
+from megadit.runtime.config import WatchdogConfig
 from megadit.runtime.launch import Process, process_group
-from megadit.runtime.watchdog import Watchdog, WatchdogConfig
+from megadit.runtime.watchdog import Watchdog
 from megadit.training.build import Run, build_run, read_inputs
 from megadit.training.config import check, load_config
 from megadit.training.progress import Progress

@@ -176,7 +176,7 @@ def benchmark(path: str) -> None:
     with process_group() as process:
         alone: dict[str, Any] = {}
         if process.is_main:
-            rates = {name: matrix_rate(dtype, process.device) for name, dtype in DTYPES.items()}
+            rates = {name: matrix_rate(getattr(torch, name), process.device) for name in DTYPES}
             bandwidth = copy_rate(1 << 28, process.device)  # larger than any cache
             alone = {"rates": rates, "bandwidth": bandwidth, "launch": launch_seconds(process.device)}
         dist.barrier()

@@ -44,7 +44,8 @@ from megadit.preflight.runner import run_checks
 from megadit.preflight.station import Settings, Station
 from megadit.preflight.training import EXACT, configuration
 from megadit.preflight.verdict import Report
-from megadit.runtime.launch import LaunchError, Process, discover, process_group
+from megadit.runtime.environment import LaunchError, discover
+from megadit.runtime.launch import Process, process_group
 from megadit.runtime.log import setup_logging
 from megadit.training.config import check
 

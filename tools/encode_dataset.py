@@ -263,7 +263,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return verify(args)
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks
-    from megadit.runtime.launch import LaunchError, NotMet, process_group
+    from megadit.runtime.environment import LaunchError, NotMet
+    from megadit.runtime.launch import process_group
     from megadit.runtime.log import setup_logging
     from megadit.runtime.stopping import StopRequests
 

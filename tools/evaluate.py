@@ -37,13 +37,13 @@ from megadit.evaluation.images import images_in
 from megadit.evaluation.painter import Painter
 from megadit.evaluation.results import beside, check_judges, versions, write_json
 from megadit.evaluation.sets import add_all, drawn_features, file_features, heldout_features, of_drawn, of_files
-from megadit.parallel.grid import ParallelConfig
+from megadit.parallel.layout import ParallelConfig
 from megadit.runtime.agreement import gathered, of_main, together
 from megadit.runtime.launch import Process
 from megadit.runtime.tool import run_tool
 from megadit.sampling import options
+from megadit.sampling.config import SampleConfig
 from megadit.sampling.folder import check_writable
-from megadit.sampling.generate import SampleConfig
 from megadit.sampling.prompts import read_prompts
 from megadit.training.config import CONFIG_FILE
 from megadit.training.decoder import open_decoder

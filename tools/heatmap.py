@@ -26,14 +26,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megadit.model.config import ECDiTConfig
-from megadit.parallel.grid import ParallelConfig
+from megadit.parallel.layout import ParallelConfig
 from megadit.runtime.agreement import of_main, together
 from megadit.runtime.launch import Process
 from megadit.runtime.tool import run_tool
 from megadit.sampling import options
+from megadit.sampling.config import SampleConfig
 from megadit.sampling.evenness import Row, printed, table, write_csv, write_json
 from megadit.sampling.folder import writing
-from megadit.sampling.generate import SampleConfig
 from megadit.sampling.heatmap import ALPHA, Scene, decoded, save_animation, sheet, spread_steps
 from megadit.sampling.routing import BRANCHES, Branch, Trace, check_branch, check_experts, recorded
 from megadit.training.config import sampling_of

@@ -25,13 +25,13 @@ from tqdm import tqdm
 
 from megadit.data.shapes.scene import SHAPES, TASKS
 from megadit.evaluation.results import show, write_json
-from megadit.parallel.grid import ParallelConfig
+from megadit.parallel.layout import ParallelConfig
 from megadit.runtime.agreement import of_main
 from megadit.runtime.launch import Process
 from megadit.runtime.tool import run_tool
 from megadit.sampling import options
+from megadit.sampling.config import SampleConfig
 from megadit.sampling.folder import check_writable, writing
-from megadit.sampling.generate import SampleConfig
 from megadit.sampling.picture import save_grid
 from megadit.study.record import SCORE_FILE
 from megadit.study.scoring import Ask, asks, score

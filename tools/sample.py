@@ -42,13 +42,13 @@ from tqdm import tqdm
 from megadit.data.loader import open_dataset
 from megadit.data.stored import numbers
 from megadit.encoders.condition import Condition
-from megadit.parallel.grid import ParallelConfig
+from megadit.parallel.layout import ParallelConfig
 from megadit.runtime.agreement import of_main, together
 from megadit.runtime.launch import Process
 from megadit.runtime.tool import run_tool
 from megadit.sampling import options
+from megadit.sampling.config import SampleConfig
 from megadit.sampling.folder import PictureFolder, check_writable, writing
-from megadit.sampling.generate import SampleConfig
 from megadit.sampling.picture import save_grid
 from megadit.sampling.prompts import read_prompts
 from megadit.training.config import RunConfig, check_sizes

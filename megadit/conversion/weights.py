@@ -17,9 +17,9 @@ from torch import Tensor
 from megadit.checkpoint.source import CheckpointSource, FolderSource, Source, Spec, open_source
 from megadit.checkpoint.stream import Outgoing, Progress
 from megadit.conversion.mapping import MappedSource
-from megadit.data.loader import DataConfig
+from megadit.data.config import DataConfig
 from megadit.model.ecdit import whole_model
-from megadit.parallel.grid import ParallelConfig
+from megadit.parallel.layout import ParallelConfig
 from megadit.parallel.placement import Placement, placement_of
 from megadit.training.build import tokenizer_beside
 from megadit.training.config import RunConfig, check, parse

@@ -29,7 +29,7 @@ from megadit.encoders.condition import Captions, Condition, FrozenCaptions, Labe
 from megadit.encoders.frozen_text import FrozenText, load_encoders
 from megadit.encoders.tokenizer import Tokenizer
 from megadit.model.ecdit import ECDiT
-from megadit.parallel.grid import ParallelConfig
+from megadit.parallel.layout import ParallelConfig
 from megadit.runtime.disk import write_synced
 from megadit.training.build import TOKENIZER_FILE
 from megadit.training.config import CONFIG_FILE, RunConfig, check, parse

@@ -11,7 +11,7 @@ from itertools import groupby, product
 from multiprocessing import get_context
 from typing import Literal
 
-from megadit.parallel.grid import ParallelConfig
+from megadit.parallel.layout import ParallelConfig
 from megadit.planning.hardware import Gpu
 from megadit.planning.memory import GB
 from megadit.planning.plan import Plan, Planner

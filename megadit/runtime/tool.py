@@ -6,7 +6,8 @@ import sys
 from collections.abc import Callable
 
 from megadit.runtime.agreement import gathered
-from megadit.runtime.launch import LaunchError, Process, process_group
+from megadit.runtime.environment import LaunchError
+from megadit.runtime.launch import Process, process_group
 from megadit.runtime.log import setup_logging
 from megadit.runtime.status import BAD_INPUT
 

@@ -24,7 +24,7 @@ from megadit.model.moe import MoE
 from megadit.parallel.grid import Group
 from megadit.parallel.pipeline.schedule import Listener
 from megadit.runtime.agreement import gathered
-from megadit.sampling.generate import SampleConfig
+from megadit.sampling.config import SampleConfig
 
 # With the prompt, without it, and by how many experts more a patch is picked with it.
 Branch = Literal["conditional", "unconditional", "difference"]

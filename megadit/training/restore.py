@@ -16,11 +16,13 @@ from megadit.data.stored import StoredCaptions
 from megadit.diffusion.sampler import Progress
 from megadit.encoders.condition import Captions, Condition, FrozenCaptions, Labels, Told
 from megadit.encoders.tokenizer import Tokenizer
-from megadit.parallel.grid import Grid, Layout, ParallelConfig
+from megadit.parallel.grid import Grid
+from megadit.parallel.layout import Layout, ParallelConfig
 from megadit.parallel.pipeline.schedule import Pipeline
 from megadit.runtime.agreement import of_main, together
 from megadit.runtime.launch import Process
-from megadit.sampling.generate import SampleConfig, generate
+from megadit.sampling.config import SampleConfig
+from megadit.sampling.generate import generate
 from megadit.sampling.prompts import check_prompts
 from megadit.sampling.share import Round, rounds_of
 from megadit.training.build import TOKENIZER_FILE, build_pipeline, build_stages, named_parameters

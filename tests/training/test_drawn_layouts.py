@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megadit.encoders.condition import Labels
-from megadit.parallel.grid import ParallelConfig
+from megadit.parallel.layout import ParallelConfig
 from megadit.runtime.launch import Process
 from megadit.sampling.generate import SampleConfig
 from megadit.sampling.picture import to_bytes

@@ -9,7 +9,7 @@ import torch
 
 from megadit import checkpoint
 from megadit.data.loader import open_dataset
-from megadit.parallel.grid import ParallelConfig
+from megadit.parallel.layout import ParallelConfig
 from megadit.runtime.launch import Process
 from megadit.sampling.generate import SampleConfig, noise_of
 from megadit.training.build import named_parameters
