@@ -237,6 +237,9 @@ def as_text(report: Report, out: Path) -> str:
 
 
 def verify(args: argparse.Namespace) -> int:
+    if not args.out.exists():
+        print(f"bad: data set {args.out}: there is no such folder")
+        return BAD_INPUT
     from megadit.data.manifest import open_manifest
 
     try:

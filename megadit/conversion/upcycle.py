@@ -37,7 +37,7 @@ from megadit.parallel.layout import ParallelConfig
 from megadit.runtime.seed import stream
 from megadit.training.build import tokenizer_beside
 from megadit.training.config import RunConfig, check, check_known, differing, parse
-from megadit.training.restore import as_drawn
+from megadit.training.drawn import as_drawn
 
 # What may change of a model section: how tokens are routed, and to what.
 ROUTING = frozenset({

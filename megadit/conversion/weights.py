@@ -23,7 +23,7 @@ from megadit.parallel.layout import ParallelConfig
 from megadit.parallel.placement import Placement, placement_of
 from megadit.training.build import tokenizer_beside
 from megadit.training.config import RunConfig, check, parse
-from megadit.training.restore import as_drawn
+from megadit.training.drawn import as_drawn
 
 KINDS = {"model": "weight", "master": "master", "ema": "ema"}  # what may be exported, and its prefix in a checkpoint
 FORMAT = "megadit"  # in an export's config.json

@@ -13,6 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from megadit.training.config import DTYPES, check_known
 
+SPARE = 0.1  # of a GPU's memory, for what CUDA, NCCL and fragmentation take
+
 
 @dataclass(frozen=True)
 class Efficiency:

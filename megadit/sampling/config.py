@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, get_args
 
+# Maps of the experts' picks: with the prompt, without it, and by how many experts more a patch is picked with it.
+Branch = Literal["conditional", "unconditional", "difference"]
+BRANCHES: tuple[Branch, ...] = get_args(Branch)
 OURS = ("euler", "heun")  # samplers that need no other package
 
 

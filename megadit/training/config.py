@@ -690,3 +690,14 @@ def check_inputs(config: RunConfig) -> None:
         )
     if faults:
         raise ValueError("; ".join(faults))
+
+
+def load_checked(path: str | Path, overrides: Sequence[str], world_size: int) -> tuple[RunConfig, RunConfig]:
+    """(the configuration as it was asked for, the same with the layout that fits), of which every rule holds.
+
+    Raises ValueError as `load_config`, `fit` and `check_inputs` do.
+    """
+    asked = load_config(path, overrides)
+    config = fit(asked, world_size)
+    check_inputs(config)
+    return asked, config

@@ -16,7 +16,8 @@ from megadit.sampling.generate import SampleConfig
 from megadit.sampling.picture import to_bytes
 from megadit.training.build import named_parameters
 from megadit.training.config import check, load_config
-from megadit.training.restore import as_drawn, open_sampler
+from megadit.training.drawn import as_drawn
+from megadit.training.restore import open_sampler
 from tests.ranks import run_ranks, train_on
 
 CONFIG = "tests/configs/tiny.yaml"
