@@ -8,3 +8,5 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 import deepspeed.runtime.zero.stage_1_and_2  # noqa: E402, F401
 import sklearn.datasets  # noqa: F401
+
+import megadit.training.start  # noqa: F401

@@ -26,6 +26,7 @@ for the state (on the GPU, with one), and once for the copy. Nothing else should
 disk that is not the training's says nothing about the training.
 """
 
+# ruff: noqa: E402 (the command line comes first)
 from __future__ import annotations
 
 import argparse
@@ -43,6 +44,58 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
+
+
+def positive(kind: type[int] | type[float]) -> Callable[[str], int | float]:
+    """A number above 0, for argparse."""
+
+    def parse(text: str) -> int | float:
+        number = kind(text)
+        if not 0 < number < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not more than 0")
+        return number
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def arguments() -> argparse.Namespace:
+    """What the user asks for; ends the process with a message where that cannot be."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    natural, real = positive(int), positive(float)
+    parser.add_argument(
+        "--gigabytes", type=real, default=0.5, help="of the checkpoint, 1e9 bytes (default: %(default)s)"
+    )
+    parser.add_argument("--ranks", type=natural, default=2, help="processes on this machine (default: %(default)s)")
+    parser.add_argument("--repeats", type=natural, default=5, help="counted rounds (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, default=Path("."), help="on the disk to measure (default: here)")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where the state is; auto: a GPU if there is one",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured there too")
+    args = parser.parse_args()
+    if not args.folder.is_dir():
+        parser.error(f"--folder {args.folder}: there is no such folder")
+    needed, free = 3 * args.gigabytes, shutil.disk_usage(args.folder).free / 1e9
+    if needed > free:
+        parser.error(f"--folder {args.folder} has {free:.1f} GB free, this needs {needed:.1f} GB; lower --gigabytes")
+    if args.json is not None and (args.json.is_dir() or not args.json.parent.is_dir()):
+        parser.error(f"--json {args.json}: that is a folder, or there is no folder {args.json.parent}")
+    import torch  # last: it takes seconds
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if args.device == "auto":
+        args.device = "cuda" if gpus else "cpu"
+    if args.device == "cuda" and args.ranks > gpus:
+        parser.error(f"--device cuda: --ranks {args.ranks}, but torch sees {gpus} GPUs here")
+    return args
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    arguments()
 
 import torch
 import torch.distributed as dist
@@ -206,52 +259,6 @@ def as_json(setting: Setting, size: int, rows: list[Row]) -> dict[str, Any]:
         "medians": medians,
         "stall_ratio": stall_ratio(rows),
     }
-
-
-def positive(kind: type[int] | type[float]) -> Callable[[str], int | float]:
-    """A number above 0, for argparse."""
-
-    def parse(text: str) -> int | float:
-        number = kind(text)
-        if not 0 < number < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not more than 0")
-        return number
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def arguments() -> argparse.Namespace:
-    """What the user asks for; ends the process with a message where that cannot be."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    natural, real = positive(int), positive(float)
-    parser.add_argument(
-        "--gigabytes", type=real, default=0.5, help="of the checkpoint, 1e9 bytes (default: %(default)s)"
-    )
-    parser.add_argument("--ranks", type=natural, default=2, help="processes on this machine (default: %(default)s)")
-    parser.add_argument("--repeats", type=natural, default=5, help="counted rounds (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, default=Path("."), help="on the disk to measure (default: here)")
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="where the state is; auto: a GPU if there is one",
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured there too")
-    args = parser.parse_args()
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if args.device == "auto":
-        args.device = "cuda" if gpus else "cpu"
-    if args.device == "cuda" and args.ranks > gpus:
-        parser.error(f"--device cuda: --ranks {args.ranks}, but torch sees {gpus} GPUs here")
-    if not args.folder.is_dir():
-        parser.error(f"--folder {args.folder}: there is no such folder")
-    needed, free = 3 * args.gigabytes, shutil.disk_usage(args.folder).free / 1e9
-    if needed > free:
-        parser.error(f"--folder {args.folder} has {free:.1f} GB free, this needs {needed:.1f} GB; lower --gigabytes")
-    if args.json is not None and (args.json.is_dir() or not args.json.parent.is_dir()):
-        parser.error(f"--json {args.json}: that is a folder, or there is no folder {args.json.parent}")
-    return args
 
 
 def main() -> int:

@@ -24,6 +24,7 @@ To measure another guard, add it to GUARDS, with what it is compared with: conte
 rank for the steps of a round, count what passes inside on a stopwatch, and give what is called after each step.
 """
 
+# ruff: noqa: E402 (the command line comes first)
 from __future__ import annotations
 
 import argparse
@@ -40,13 +41,32 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import ParamSpec, TypeVar
 
+from megadit.runtime.tool import refuse_early
+from megadit.training.config import load_checked
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="tests/configs/tiny.yaml")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=20, help="of one round, each way")
+    parser.add_argument("--json", help="write what was measured to this file")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    args = arguments()
+    refuse_early("bench_guard", lambda: load_checked(args.config, [], args.ranks))
+
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from megadit.parallel.replicas import differing_replicas
+from megadit.runtime.config import WatchdogConfig
 from megadit.runtime.launch import Process, process_group
-from megadit.runtime.watchdog import Watchdog, WatchdogConfig
+from megadit.runtime.watchdog import Watchdog
 from megadit.training.build import Run, build_run, read_inputs
 from megadit.training.config import check, load_config
 from megadit.training.progress import Progress
@@ -240,13 +260,7 @@ def measure(setting: Setting) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="tests/configs/tiny.yaml")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=20, help="of one round, each way")
-    parser.add_argument("--json", help="write what was measured to this file")
-    args = parser.parse_args()
+    args = arguments()
     setting = Setting(args.config, args.ranks, args.rounds, args.steps)
     rows = measure(setting)
     print(f"{setting.ranks} ranks, {setting.rounds} rounds of {setting.steps} steps each way, {setting.config}")

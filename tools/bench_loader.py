@@ -21,6 +21,7 @@ The first lines are about an index of many samples, made up and without data: wh
 many random steps adds to the memory of a process at its peak, first of a thousandth of the samples, then of all.
 """
 
+# ruff: noqa: E402 (the command line comes first)
 from __future__ import annotations
 
 import argparse
@@ -38,6 +39,38 @@ from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
+INDEX_BUCKETS, INDEX_SHARD, INDEX_STEPS = 5, 4096, 250
+
+
+def arguments() -> argparse.Namespace:
+    """What the user asks for; ends the process with a message where that cannot be."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=3.0, help="of each data set (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=256, help="samples of a step (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=4, help="that read ahead (default: %(default)s)")
+    parser.add_argument("--ahead", type=int, default=4, help="steps that are read ahead (default: %(default)s)")
+    parser.add_argument("--cores", type=int, default=2, help="that the benchmark may use (default: %(default)s)")
+    parser.add_argument("--entries", type=int, default=10**7, help="samples of the index (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, default=Path("."), help="on the disk to measure (default: here)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured there too")
+    args = parser.parse_args()
+    for name in ("gigabytes", "batch", "threads", "ahead", "cores"):
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name} is not more than 0")
+    least = 2000 * INDEX_BUCKETS * args.batch
+    if args.entries < least:
+        parser.error(f"--entries: at least {least}, so that a thousandth of them still fills batches in all buckets")
+    if not args.folder.is_dir():
+        parser.error(f"--folder {args.folder}: there is no such folder")
+    free = shutil.disk_usage(args.folder).free / 1e9
+    if 1.1 * args.gigabytes > free:
+        parser.error(f"--folder {args.folder} has {free:.1f} GB free; lower --gigabytes")
+    return args
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    arguments()
+
 import numpy as np
 import torch
 
@@ -52,7 +85,6 @@ from megadit.planning.hardware import GPUS
 MODEL, GPU, EFFICIENCY = "ec-dit-xl", "h200", 0.5
 LATENT = (8, 32, 32)
 TEXTS = {"77 x 1024": (77, 1024), "256 x 4096": (256, 4096)}
-INDEX_BUCKETS, INDEX_SHARD, INDEX_STEPS = 5, 4096, 250
 
 
 @dataclass(frozen=True)
@@ -240,32 +272,6 @@ def measure_index(setting: Setting) -> list[IndexRow]:
             with ProcessPoolExecutor(1, get_context("spawn")) as process:
                 rows.append(process.submit(index_row, entries, setting.batch, Path(folder)).result())
         return rows
-
-
-def arguments() -> argparse.Namespace:
-    """What the user asks for; ends the process with a message where that cannot be."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=3.0, help="of each data set (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=256, help="samples of a step (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=4, help="that read ahead (default: %(default)s)")
-    parser.add_argument("--ahead", type=int, default=4, help="steps that are read ahead (default: %(default)s)")
-    parser.add_argument("--cores", type=int, default=2, help="that the benchmark may use (default: %(default)s)")
-    parser.add_argument("--entries", type=int, default=10**7, help="samples of the index (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, default=Path("."), help="on the disk to measure (default: here)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured there too")
-    args = parser.parse_args()
-    for name in ("gigabytes", "batch", "threads", "ahead", "cores"):
-        if not getattr(args, name) > 0:
-            parser.error(f"--{name} is not more than 0")
-    least = 2000 * INDEX_BUCKETS * args.batch
-    if args.entries < least:
-        parser.error(f"--entries: at least {least}, so that a thousandth of them still fills batches in all buckets")
-    if not args.folder.is_dir():
-        parser.error(f"--folder {args.folder}: there is no such folder")
-    free = shutil.disk_usage(args.folder).free / 1e9
-    if 1.1 * args.gigabytes > free:
-        parser.error(f"--folder {args.folder} has {free:.1f} GB free; lower --gigabytes")
-    return args
 
 
 def main() -> int:

@@ -33,6 +33,7 @@ each step goes into page faults of fresh memory, that of the weights' gradients 
 every contestant.
 """
 
+# ruff: noqa: E402 (the command line comes first)
 from __future__ import annotations
 
 import argparse
@@ -52,6 +53,93 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
 
+DTYPES = ("float64", "float32", "bfloat16")
+NAMES = (
+    "floor",
+    "dense",
+    "ours",
+    "ours-token-choice",
+    "einsum",
+    "deepspeed",
+    "ours-nucleus",
+    "nucleus-loop",
+    "nucleus-grouped",
+)
+
+
+def positive(kind: type[int] | type[float]) -> Callable[[str], int | float]:
+    """A number above 0, for argparse."""
+
+    def parse(text: str) -> int | float:
+        number = kind(text)
+        if not 0 < number < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not more than 0")
+        return number
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def experts_list(text: str) -> list[int]:
+    """8,16,32 -> [8, 16, 32], for argparse."""
+    numbers = [int(part) for part in text.split(",")]
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"{text} has a number that is not more than 0")
+    return numbers
+
+
+def contestants(text: str) -> list[str]:
+    """Names with commas between them, for argparse."""
+    names = text.split(",")
+    for name in names:
+        if name not in NAMES:
+            raise argparse.ArgumentTypeError(f"there is no contestant {name!r}; there are {', '.join(NAMES)}")
+    return names
+
+
+def arguments() -> argparse.Namespace:
+    """What the user asks for; ends the process with a message where that cannot be."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    natural, real = positive(int), positive(float)
+    parser.add_argument("--width", type=natural, default=1152, help="model width d (default: %(default)s)")
+    parser.add_argument("--experts", type=natural, default=32, help="number of experts (default: %(default)s)")
+    parser.add_argument("--images", type=natural, default=4, help="images of a step (default: %(default)s)")
+    parser.add_argument("--tokens", type=natural, default=1024, help="tokens of an image (default: %(default)s)")
+    parser.add_argument(
+        "--capacity-factor", type=real, default=2.0, help="mean experts of a token (default: %(default)s)"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of everything (default: %(default)s)")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is a GPU"
+    )
+    parser.add_argument("--repeats", type=natural, default=7, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--only", type=contestants, default=list(NAMES), metavar="NAME,NAME", help="default: all")
+    parser.add_argument(
+        "--sweep",
+        type=experts_list,
+        nargs="?",
+        const=[8, 16, 32, 64, 128],
+        default=[],
+        metavar="N,N",
+        help="instead of the contest, time floor and ours with these numbers of experts (8,16,32,64,128 if none are "
+        "named), for the same tokens",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured there too")
+    args = parser.parse_args()
+    if args.json is not None and (args.json.is_dir() or not args.json.parent.is_dir()):
+        parser.error(f"--json {args.json}: that is a folder, or there is no folder {args.json.parent}")
+    import torch  # last: it takes seconds
+
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    return args
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    arguments()
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -65,7 +153,6 @@ from megadit.model.moe import MoE
 from megadit.parallel.grid import Group
 from megadit.parallel.tensor.mappings import ReplicatedTokens
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 TOP_K = 2
 LAYER = 0
 # Variables that change what fresh memory costs.
@@ -125,7 +212,7 @@ class Problem:
 
     def draw(self, *shape: int, deviation: float = 1.0) -> Tensor:
         """Normal elements of the setting's type on its device."""
-        factory: dict[str, Any] = {"dtype": DTYPES[self.setting.dtype], "device": self.setting.device}
+        factory: dict[str, Any] = {"dtype": getattr(torch, self.setting.dtype), "device": self.setting.device}
         return torch.empty(*shape, **factory).normal_(0, deviation, generator=self._generator)
 
     def _weights(self, config: ECDiTConfig) -> dict[str, Tensor]:
@@ -336,17 +423,18 @@ def nucleus(problem: Problem, grouped: bool) -> Contestant:
     return of_module(problem, layer, weights, inputs, layer, "ours-nucleus")
 
 
-CONTESTANTS: dict[str, Callable[[Problem], Contestant]] = {
-    "floor": floor,
-    "dense": dense,
-    "ours": ours,
-    "ours-token-choice": token_choice,
-    "einsum": einsum,
-    "deepspeed": deepspeed,
-    "ours-nucleus": our_nucleus,
-    "nucleus-loop": lambda problem: nucleus(problem, grouped=False),
-    "nucleus-grouped": lambda problem: nucleus(problem, grouped=True),
-}
+BUILDERS: tuple[Callable[[Problem], Contestant], ...] = (  # in the order of NAMES
+    floor,
+    dense,
+    ours,
+    token_choice,
+    einsum,
+    deepspeed,
+    our_nucleus,
+    lambda problem: nucleus(problem, grouped=False),
+    lambda problem: nucleus(problem, grouped=True),
+)
+CONTESTANTS = dict(zip(NAMES, BUILDERS, strict=True))
 
 
 class Ratio(NamedTuple):
@@ -565,74 +653,6 @@ def as_json(setting: Setting, rows: Sequence[Row], sweep: Sequence[int], found: 
         "versions": versions(),
         "rows": [of_row(row) for row in rows],
     }
-
-
-def positive(kind: type[int] | type[float]) -> Callable[[str], int | float]:
-    """A number above 0, for argparse."""
-
-    def parse(text: str) -> int | float:
-        number = kind(text)
-        if not 0 < number < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not more than 0")
-        return number
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def experts_list(text: str) -> list[int]:
-    """8,16,32 -> [8, 16, 32], for argparse."""
-    numbers = [int(part) for part in text.split(",")]
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{text} has a number that is not more than 0")
-    return numbers
-
-
-def contestants(text: str) -> list[str]:
-    """Names with commas between them, for argparse."""
-    names = text.split(",")
-    for name in names:
-        if name not in CONTESTANTS:
-            raise argparse.ArgumentTypeError(f"there is no contestant {name!r}; there are {', '.join(CONTESTANTS)}")
-    return names
-
-
-def arguments() -> argparse.Namespace:
-    """What the user asks for; ends the process with a message where that cannot be."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    natural, real = positive(int), positive(float)
-    parser.add_argument("--width", type=natural, default=1152, help="model width d (default: %(default)s)")
-    parser.add_argument("--experts", type=natural, default=32, help="number of experts (default: %(default)s)")
-    parser.add_argument("--images", type=natural, default=4, help="images of a step (default: %(default)s)")
-    parser.add_argument("--tokens", type=natural, default=1024, help="tokens of an image (default: %(default)s)")
-    parser.add_argument(
-        "--capacity-factor", type=real, default=2.0, help="mean experts of a token (default: %(default)s)"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of everything (default: %(default)s)")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is a GPU"
-    )
-    parser.add_argument("--repeats", type=natural, default=7, help="timed rounds (default: %(default)s)")
-    parser.add_argument("--only", type=contestants, default=list(CONTESTANTS), metavar="NAME,NAME", help="default: all")
-    parser.add_argument(
-        "--sweep",
-        type=experts_list,
-        nargs="?",
-        const=[8, 16, 32, 64, 128],
-        default=[],
-        metavar="N,N",
-        help="instead of the contest, time floor and ours with these numbers of experts (8,16,32,64,128 if none are "
-        "named), for the same tokens",
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured there too")
-    args = parser.parse_args()
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here")
-    if args.json is not None and (args.json.is_dir() or not args.json.parent.is_dir()):
-        parser.error(f"--json {args.json}: that is a folder, or there is no folder {args.json.parent}")
-    return args
 
 
 def main() -> int:

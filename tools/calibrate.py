@@ -18,6 +18,7 @@ The exit status is 0; 1 when the rank correlation of the judged layouts is below
 2 for bad input.
 """
 
+# ruff: noqa: E402 (the command line comes first)
 from __future__ import annotations
 
 import argparse
@@ -34,6 +35,53 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from megadit.planning.hardware import load_gpu
+from megadit.runtime.tool import refuse_early
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python tools/calibrate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="measure this machine, and write the GPU there, as YAML"
+    )
+    parser.add_argument(
+        "--judge",
+        nargs="?",
+        const="",
+        metavar="GPU",
+        help="compare plans with trainings that it was not made from: a file of --out (default: that of this --out)",
+    )
+    parser.add_argument("--steps", type=int, default=12, help="timed steps of a training (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="trainings of each layout (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured and predicted there")
+    parser.add_argument("--benchmark", help=argparse.SUPPRESS)  # on every process, by `run_benchmarks`
+    return parser.parse_args(argv)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises ValueError before anything is measured in vain."""
+    if args.benchmark:
+        return
+    if args.out is None and args.judge is None:
+        raise ValueError("nothing to do; give --out FILE to measure this machine, --judge GPU to try what was measured")
+    if args.judge == "" and args.out is None:
+        raise ValueError("--judge needs a GPU: a file that --out wrote, or --out itself")
+    if args.steps < 1 or args.rounds < 1:
+        raise ValueError(f"--steps {args.steps} and --rounds {args.rounds} must be 1 or more")
+    for name, path in (("--out", args.out), ("--json", args.json)):
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise ValueError(f"{name} {path}: that is a folder, or there is no folder {path.parent}")
+    if args.judge:
+        load_gpu(args.judge)
+    if args.out is not None and args.out.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"--out {args.out}: tools/plan.py knows a file by its ending; use .yaml")
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    refuse_early("calibrate", lambda: check_arguments(arguments(None)))
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -41,7 +89,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megadit.planning.dry_run import table
-from megadit.planning.hardware import Efficiency, Gpu, load_gpu
+from megadit.planning.hardware import Efficiency, Gpu
 from megadit.planning.plan import Plan, Planner
 from megadit.planning.simulation import fake_world
 from megadit.planning.timing import messages
@@ -176,7 +224,7 @@ def benchmark(path: str) -> None:
     with process_group() as process:
         alone: dict[str, Any] = {}
         if process.is_main:
-            rates = {name: matrix_rate(dtype, process.device) for name, dtype in DTYPES.items()}
+            rates = {name: matrix_rate(getattr(torch, name), process.device) for name in DTYPES}
             bandwidth = copy_rate(1 << 28, process.device)  # larger than any cache
             alone = {"rates": rates, "bandwidth": bandwidth, "launch": launch_seconds(process.device)}
         dist.barrier()
@@ -474,28 +522,7 @@ def judge(gpu: Gpu, measured: Sequence[Measurement], device: str) -> Verdict:
     return Verdict(list(measured), predictor.seconds(gpu).tolist())
 
 
-# Command line
-
-
-def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python tools/calibrate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="measure this machine, and write the GPU there, as YAML"
-    )
-    parser.add_argument(
-        "--judge",
-        nargs="?",
-        const="",
-        metavar="GPU",
-        help="compare plans with trainings that it was not made from: a file of --out (default: that of this --out)",
-    )
-    parser.add_argument("--steps", type=int, default=12, help="timed steps of a training (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="trainings of each layout (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured and predicted there")
-    parser.add_argument("--benchmark", help=argparse.SUPPRESS)  # on every process, by `run_benchmarks`
-    return parser.parse_args(argv)
+# Main
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -538,21 +565,6 @@ def run(args: argparse.Namespace) -> int:
         assert gpu is not None
         args.json.write_text(json.dumps(everything | {"gpu": asdict(gpu)}, indent=1) + "\n")
     return status
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raises ValueError before anything is measured in vain."""
-    if args.out is None and args.judge is None:
-        raise ValueError("nothing to do; give --out FILE to measure this machine, --judge GPU to try what was measured")
-    if args.judge == "" and args.out is None:
-        raise ValueError("--judge needs a GPU: a file that --out wrote, or --out itself")
-    if args.steps < 1 or args.rounds < 1:
-        raise ValueError(f"--steps {args.steps} and --rounds {args.rounds} must be 1 or more")
-    for name, path in (("--out", args.out), ("--json", args.json)):
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise ValueError(f"{name} {path}: that is a folder, or there is no folder {path.parent}")
-    if args.out is not None and args.out.suffix not in (".yaml", ".yml"):
-        raise ValueError(f"--out {args.out}: tools/plan.py knows a file by its ending; use .yaml")
 
 
 def most_processes(device: str) -> int:

@@ -22,6 +22,7 @@ not end in --limit seconds fails, with the ranks that the others wait for. FAULT
 The exit status is 0 when all passed, 1 when a check failed, 2 for bad arguments. (torchrun's own status is 1 for both.)
 """
 
+# ruff: noqa: E402 (the command line comes first)
 from __future__ import annotations
 
 import argparse
@@ -35,18 +36,11 @@ from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
-import torch
-
-from megadit.preflight.checks import CHECKS
-from megadit.preflight.layouts import default_layouts, label, parse_layout
-from megadit.preflight.rollcall import RollCall, Silence
-from megadit.preflight.runner import run_checks
-from megadit.preflight.station import Settings, Station
-from megadit.preflight.training import EXACT, configuration
-from megadit.preflight.verdict import Report
-from megadit.runtime.launch import LaunchError, Process, discover, process_group
-from megadit.runtime.log import setup_logging
-from megadit.training.config import check
+from megadit.parallel.layout import ParallelConfig
+from megadit.preflight.layouts import default_layouts, parse_layout
+from megadit.preflight.names import NAMES
+from megadit.runtime.environment import LaunchError, discover
+from megadit.runtime.tool import refuse_early
 
 PASSED, FAILED, BAD_INPUT = 0, 1, 2
 MIB = 2**20
@@ -58,8 +52,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="degrees and options of parallel.* to try, such as tensor=2,pipeline=2,schedule=zbv; "
                              "may be given several times (default: a few)")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="fewer repeats, rounds and steps")
-    names = [each.name for each in CHECKS]
-    parser.add_argument("--only", metavar="CHECK,...", help=f"these checks alone, of {', '.join(names)}")
+    parser.add_argument("--only", metavar="CHECK,...", help=f"these checks alone, of {', '.join(NAMES)}")
     parser.add_argument("--limit", type=float, default=180.0, help="seconds for each check (default: %(default).0f)")
     parser.add_argument("--slow-factor", type=float, default=1.5,
                         help="a slow rank takes so many times the ranks' median (default: %(default)s)")  # fmt: skip
@@ -78,8 +71,17 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def settings_of(args: argparse.Namespace, world_size: int) -> Settings:
-    """Raises ValueError for what cannot be."""
+def chosen_checks(names: str | None) -> list[str]:
+    """Raises ValueError for a check that is not there."""
+    chosen = list(NAMES) if names is None else names.split(",")
+    for name in chosen:
+        if name not in NAMES:
+            raise ValueError(f"--only {name}: the checks are {', '.join(NAMES)}")
+    return chosen
+
+
+def checked_layouts(args: argparse.Namespace, world_size: int) -> tuple[ParallelConfig, ...]:
+    """The layouts to try. Raises ValueError for what can be refused before torch is imported."""
     for name in ("limit", "slow_factor", "group_factor", "memory_factor", "max_skew"):
         if not 0 < getattr(args, name) < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be more than 0")
@@ -88,7 +90,30 @@ def settings_of(args: argparse.Namespace, world_size: int) -> Settings:
     if args.json is not None and (args.json.is_dir() or not args.json.parent.is_dir()):
         raise ValueError(f"--json {args.json}: that is a folder, or there is no folder {args.json.parent}")
     layouts = tuple(dict.fromkeys(parse_layout(text, world_size) for text in args.layout))
-    layouts = layouts or tuple(default_layouts(world_size))
+    chosen_checks(args.only)
+    return layouts or tuple(default_layouts(world_size))
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    refuse_early("check_cluster", lambda: checked_layouts(arguments(None), 1))
+
+import torch
+
+from megadit.preflight.checks import CHECKS
+from megadit.preflight.layouts import label
+from megadit.preflight.rollcall import RollCall, Silence
+from megadit.preflight.runner import run_checks
+from megadit.preflight.station import Settings, Station
+from megadit.preflight.training import EXACT, configuration
+from megadit.preflight.verdict import Report
+from megadit.runtime.launch import Process, process_group
+from megadit.runtime.log import setup_logging
+from megadit.training.config import check
+
+
+def settings_of(args: argparse.Namespace, world_size: int) -> Settings:
+    """Raises ValueError for what cannot be."""
+    layouts = checked_layouts(args, world_size)
     for chosen in layouts:
         try:
             check(configuration(layouts, world_size, chosen, EXACT, steps=1), world_size)
@@ -105,16 +130,6 @@ def settings_of(args: argparse.Namespace, world_size: int) -> Settings:
         largest_message=args.largest_message * MIB,
         quick=args.quick,
     )
-
-
-def chosen_checks(names: str | None) -> list[str]:
-    """Raises ValueError for a check that is not there."""
-    known = [each.name for each in CHECKS]
-    chosen = known if names is None else names.split(",")
-    for name in chosen:
-        if name not in known:
-            raise ValueError(f"--only {name}: the checks are {', '.join(known)}")
-    return chosen
 
 
 def main(argv: Sequence[str] | None = None) -> int:

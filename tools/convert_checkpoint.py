@@ -275,6 +275,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
+        for source in [args.source] if hasattr(args, "source") else args.folders[:-1]:
+            if not source.exists():
+                raise ValueError(f"{source} does not exist")
         status = args.run_command(args)
         sys.stdout.flush()
         return status

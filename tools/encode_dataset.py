@@ -47,12 +47,17 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import fields
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from megadit.runtime.environment import LaunchError, NotMet
+from megadit.runtime.log import setup_logging
 from megadit.runtime.status import BAD_INPUT, FINISHED, LOST, STOPPED
+from megadit.runtime.stopping import StopRequests
+from megadit.runtime.tool import refuse_early
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +66,6 @@ if TYPE_CHECKING:
     from megadit.data.encode_unit import EncodeConfig
     from megadit.data.frozen import Frozen
     from megadit.runtime.launch import Process
-    from megadit.runtime.stopping import StopRequests
 
 logger = logging.getLogger("megadit")
 
@@ -237,6 +241,9 @@ def as_text(report: Report, out: Path) -> str:
 
 
 def verify(args: argparse.Namespace) -> int:
+    if not args.out.exists():
+        print(f"bad: data set {args.out}: there is no such folder")
+        return BAD_INPUT
     from megadit.data.manifest import open_manifest
 
     try:
@@ -256,6 +263,15 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError('--autoencoder is missing: name an AutoencoderKL, or "pixels"')
 
 
+def check_exist(sources: Sequence[str]) -> None:
+    """Raises ValueError naming a source that is not there."""
+    missing = [source for source in sources if not Path(source).expanduser().exists()]
+    if missing:
+        from megadit.data.sources import find
+
+        find(missing)  # the message depends on the kind
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Encode. Returns the exit status."""
     args = parser().parse_args(argv)
@@ -263,13 +279,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return verify(args)
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks
-    from megadit.runtime.launch import LaunchError, NotMet, process_group
-    from megadit.runtime.log import setup_logging
-    from megadit.runtime.stopping import StopRequests
-
     stops = StopRequests()
     try:
         check(args)
+        refuse_early("encode_dataset", partial(check_exist, args.sources))
+        from megadit.runtime.launch import process_group
+
         with process_group(INDEXING) as process:
             setup_logging(process.rank)
             return attempt(args, process, stops)

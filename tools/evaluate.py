@@ -15,42 +15,23 @@ Weights of what judges (CLIP, DINOv2, Inception) come from this machine; nothing
 with --help. exit statuses: 0 done; 1 check-geneval found faults; 2 the input was refused
 """
 
+# ruff: noqa: E402 (the command line comes first)
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm import tqdm
-
-from megadit.evaluation import captioned, drawing, geneval, heldout
-from megadit.evaluation.clip_score import ClipScore, mean_score
-from megadit.evaluation.distances import SUBSET_SIZE, SUBSETS, frechet, kernel, too_few
-from megadit.evaluation.features import Extractor, open_extractor
-from megadit.evaluation.geneval_check import check_folder
-from megadit.evaluation.heldout_split import BATCH, heldout_prompts, open_share
-from megadit.evaluation.images import images_in
-from megadit.evaluation.painter import Painter
-from megadit.evaluation.results import beside, check_judges, versions, write_json
-from megadit.evaluation.sets import add_all, drawn_features, file_features, heldout_features, of_drawn, of_files
-from megadit.parallel.grid import ParallelConfig
-from megadit.runtime.agreement import gathered, of_main, together
-from megadit.runtime.launch import Process
-from megadit.runtime.tool import run_tool
+from megadit.evaluation import geneval
+from megadit.evaluation.defaults import BATCH, BINS, SUBSET_SIZE, SUBSETS
+from megadit.runtime.tool import refuse_early, run_tool
 from megadit.sampling import options
-from megadit.sampling.folder import check_writable
-from megadit.sampling.generate import SampleConfig
-from megadit.sampling.prompts import read_prompts
 from megadit.training.config import CONFIG_FILE
-from megadit.training.decoder import open_decoder
-from megadit.training.restore import PICTURES_PER_CALL, open_sampler
-from megadit.training.trained_sizes import warn_of_size
-
-Answer = tuple[dict[str, Any], list[str], Path]  # the result, what to print of it, and the JSON to write
+from megadit.training.drawn import PICTURES_PER_CALL, read_asked
 
 HELP = {
     "geneval": """Draw GenEval's folder (arXiv 2310.11513) from its prompt file: 00000/metadata.jsonl is the file's
@@ -81,6 +62,168 @@ can be compared.""",
 HELDOUT = """held-out images that a data-parallel replica takes at a time, rounded up to whole groups of those that are
 routed together"""
 PLACE = "a folder of images, or a run's folder"
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def add_painting(parser: argparse.ArgumentParser) -> None:
+    """Options of commands that draw; see `open_painter`."""
+    group = options.add_drawing(parser)
+    options.add_size(group)
+    options.add_autoencoder(group)
+    options.add_batch(options.add_layout(parser), PICTURES_PER_CALL)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python tools/evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_launcher(parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, alone: bool = False) -> argparse.ArgumentParser:
+        first, _, _ = HELP[name].replace("\n", " ").partition(". ")
+        one = commands.add_parser(name, help=first.partition(":")[0], description=HELP[name])
+        one.set_defaults(alone=alone)
+        if not alone:
+            one.add_argument("--json", type=Path, help="where the result goes; default: beside what was judged")
+        return one
+
+    one = command("geneval")
+    one.add_argument("run", type=Path, help="a run's folder; it must read text")
+    one.add_argument("--prompts", type=Path, required=True, help="GenEval's evaluation_metadata.jsonl")
+    one.add_argument("--out", type=Path, required=True, help="the folder to draw into")
+    one.add_argument(
+        "--samples", type=options.positive, default=geneval.SAMPLES, help="of each prompt (default: %(default)s)"
+    )
+    add_painting(one)
+
+    one = command("dpg")
+    one.add_argument("run", type=Path, help="a run's folder; it must read text")
+    one.add_argument("--prompts", type=Path, required=True, help="DPG-Bench's folder of files name.txt")
+    one.add_argument("--out", type=Path, required=True, help="the folder to draw into")
+    add_painting(one)
+
+    one = command("check-geneval", alone=True)
+    one.add_argument("folder", type=Path, help="the folder to check")
+    one.add_argument("--prompts", type=Path, help="the file that it was drawn from: its lines are compared")
+    one.add_argument(
+        "--samples", type=options.positive, default=geneval.SAMPLES, help="of each prompt (default: %(default)s)"
+    )
+
+    one = command("summary", alone=True)
+    one.add_argument("results", type=Path, help="the scorer's results.jsonl")
+    one.add_argument("--json", type=Path, help="where the scores go, too; default: they are printed alone")
+
+    for name in ("fid", "kid"):
+        one = command(name)
+        one.add_argument("sets", type=Path, nargs="+", metavar="FOLDER", help="real images and drawn ones; or a run")
+        one.add_argument(
+            "--features",
+            type=Path,
+            required=True,
+            help="folder of a CLIP or DINOv2 model; or the file of torch-fidelity's Inception-v3",
+        )
+        one.add_argument(
+            "--samples", type=options.positive, help="of a run: pictures to draw; default: as many as held out"
+        )
+        one.add_argument(
+            "--prompts", type=Path, help="of a run: captions, one a line, - is stdin; default: the held-out ones"
+        )
+        add_painting(one)
+    one.add_argument("--subsets", type=options.positive, default=SUBSETS, help="of kid (default: %(default)s)")
+    one.add_argument(
+        "--subset-size", type=options.several, default=SUBSET_SIZE, help="images (default: %(default)s, if there)"
+    )
+
+    one = command("clip-score")
+    one.add_argument("place", type=Path, metavar="FOLDER", help=PLACE)
+    one.add_argument("--clip", type=Path, required=True, help="folder of a CLIPModel with its tokenizer")
+    one.add_argument(
+        "--samples", type=options.positive, help="of a run: pictures to draw; default: as many as held out"
+    )
+    one.add_argument(
+        "--prompts", type=Path, help="of a run: captions, one a line, - is stdin; default: the held-out ones"
+    )
+    add_painting(one)
+
+    one = command("heldout")
+    one.add_argument("run", type=Path, help="a run's folder")
+    one.add_argument("--bins", type=options.positive, default=BINS, help="of times (default: %(default)s)")
+    one.add_argument("--seed", type=int, default=0, help="of noise and times (default: %(default)s)")
+    one.add_argument("--plot", type=options.png, help="a PNG of the losses by time")
+    options.add_batch(options.add_layout(one), BATCH, HELDOUT)
+    return parser
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / CONFIG_FILE).is_file()
+
+
+def check_sets(sets: Sequence[Path]) -> None:
+    """Raises ValueError unless these are two folders of images, or a run."""
+    if len(sets) > 2:
+        raise ValueError(f"{len(sets)} folders; give the real images and the drawn ones, or one run")
+    runs = [folder for folder in sets if is_run(folder)]
+    if len(sets) == 1 and not runs:
+        raise ValueError(f"{sets[0]} is no run ({CONFIG_FILE} is not there); of images, give two folders")
+    if len(sets) == 2 and runs:
+        raise ValueError(
+            f"{runs[0]} is a run, not a set of pictures: give it alone to judge what it draws, or a folder of pictures "
+            "such as tools/sample.py --folder writes"
+        )
+
+
+def check_opens(folder: Path) -> None:
+    """Raises ValueError for a folder that cannot be read."""
+    try:
+        os.scandir(folder).close()
+    except OSError as error:
+        raise ValueError(f"{folder}: {error.strerror}") from error
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises ValueError for what can be refused before torch is imported."""
+    if args.command == "summary":
+        geneval.read_scores(args.results)
+    elif args.command in ("fid", "kid"):
+        check_sets(args.sets)
+        for folder in args.sets:
+            check_opens(folder)
+    elif args.command in ("clip-score", "check-geneval"):
+        check_opens(args.place if args.command == "clip-score" else args.folder)
+    else:
+        read_asked(args, 1)
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    refuse_early("evaluate", partial(check_arguments, make_parser().parse_args()), options.spoken)
+
+import torch
+from tqdm import tqdm
+
+from megadit.evaluation import captioned, drawing, heldout
+from megadit.evaluation.clip_score import ClipScore, mean_score
+from megadit.evaluation.distances import frechet, kernel, too_few
+from megadit.evaluation.features import Extractor, open_extractor
+from megadit.evaluation.geneval_check import check_folder
+from megadit.evaluation.heldout_split import heldout_prompts, open_share
+from megadit.evaluation.images import images_in
+from megadit.evaluation.painter import Painter
+from megadit.evaluation.results import beside, check_judges, versions, write_json
+from megadit.evaluation.sets import add_all, drawn_features, file_features, heldout_features, of_drawn, of_files
+from megadit.parallel.layout import ParallelConfig
+from megadit.runtime.agreement import gathered, of_main, together
+from megadit.runtime.launch import Process
+from megadit.sampling.config import SampleConfig
+from megadit.sampling.folder import check_writable
+from megadit.sampling.prompts import read_prompts
+from megadit.training.decoder import open_decoder
+from megadit.training.restore import open_sampler
+from megadit.training.trained_sizes import warn_of_size
+
+Answer = tuple[dict[str, Any], list[str], Path]  # the result, what to print of it, and the JSON to write
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -142,24 +285,11 @@ def prompts_of(args: argparse.Namespace, painter: Painter) -> list[str]:
     return heldout_prompts(args.run, painter.sampler.condition, args.samples)
 
 
-def is_run(folder: Path) -> bool:
-    return (folder / CONFIG_FILE).is_file()
-
-
 def two_sets(
     args: argparse.Namespace, process: Process
 ) -> tuple[dict[str, Any], Extractor, torch.Tensor, torch.Tensor]:
     """(what was compared, in what features, those of the real images, of the drawn ones), the last two on rank 0."""
-    if len(args.sets) > 2:
-        raise ValueError(f"{len(args.sets)} folders; give the real images and the drawn ones, or one run")
-    runs = of_main(lambda: [folder for folder in args.sets if is_run(folder)])
-    if len(args.sets) == 1 and not runs:
-        raise ValueError(f"{args.sets[0]} is no run ({CONFIG_FILE} is not there); of images, give two folders")
-    if len(args.sets) == 2 and runs:
-        raise ValueError(
-            f"{runs[0]} is a run, not a set of pictures: give it alone to judge what it draws, or a folder of pictures "
-            "such as tools/sample.py --folder writes"
-        )
+    of_main(partial(check_sets, args.sets))
     with together():
         check_judges()
         extractor = open_extractor(args.features, process.device)
@@ -269,97 +399,16 @@ def run_summary(args: argparse.Namespace) -> int:
     return 0
 
 
-# --- the command line -------------------------------------------------------------------------------------------------
-
-
-def add_painting(parser: argparse.ArgumentParser) -> None:
-    """Options of commands that draw; see `open_painter`."""
-    group = options.add_drawing(parser)
-    options.add_size(group)
-    options.add_autoencoder(group)
-    options.add_batch(options.add_layout(parser), PICTURES_PER_CALL)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python tools/evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options.add_launcher(parser)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, do: Callable[..., Any], alone: bool = False) -> argparse.ArgumentParser:
-        first, _, _ = HELP[name].replace("\n", " ").partition(". ")
-        one = commands.add_parser(name, help=first.partition(":")[0], description=HELP[name])
-        one.set_defaults(do=do, alone=alone)
-        if not alone:
-            one.add_argument("--json", type=Path, help="where the result goes; default: beside what was judged")
-        return one
-
-    one = command("geneval", run_geneval)
-    one.add_argument("run", type=Path, help="a run's folder; it must read text")
-    one.add_argument("--prompts", type=Path, required=True, help="GenEval's evaluation_metadata.jsonl")
-    one.add_argument("--out", type=Path, required=True, help="the folder to draw into")
-    one.add_argument(
-        "--samples", type=options.positive, default=geneval.SAMPLES, help="of each prompt (default: %(default)s)"
-    )
-    add_painting(one)
-
-    one = command("dpg", run_dpg)
-    one.add_argument("run", type=Path, help="a run's folder; it must read text")
-    one.add_argument("--prompts", type=Path, required=True, help="DPG-Bench's folder of files name.txt")
-    one.add_argument("--out", type=Path, required=True, help="the folder to draw into")
-    add_painting(one)
-
-    one = command("check-geneval", run_check, alone=True)
-    one.add_argument("folder", type=Path, help="the folder to check")
-    one.add_argument("--prompts", type=Path, help="the file that it was drawn from: its lines are compared")
-    one.add_argument(
-        "--samples", type=options.positive, default=geneval.SAMPLES, help="of each prompt (default: %(default)s)"
-    )
-
-    one = command("summary", run_summary, alone=True)
-    one.add_argument("results", type=Path, help="the scorer's results.jsonl")
-    one.add_argument("--json", type=Path, help="where the scores go, too; default: they are printed alone")
-
-    for name, do in (("fid", run_fid), ("kid", run_kid)):
-        one = command(name, do)
-        one.add_argument("sets", type=Path, nargs="+", metavar="FOLDER", help="real images and drawn ones; or a run")
-        one.add_argument(
-            "--features",
-            type=Path,
-            required=True,
-            help="folder of a CLIP or DINOv2 model; or the file of torch-fidelity's Inception-v3",
-        )
-        one.add_argument(
-            "--samples", type=options.positive, help="of a run: pictures to draw; default: as many as held out"
-        )
-        one.add_argument(
-            "--prompts", type=Path, help="of a run: captions, one a line, - is stdin; default: the held-out ones"
-        )
-        add_painting(one)
-    one.add_argument("--subsets", type=options.positive, default=SUBSETS, help="of kid (default: %(default)s)")
-    one.add_argument(
-        "--subset-size", type=options.several, default=SUBSET_SIZE, help="images (default: %(default)s, if there)"
-    )
-
-    one = command("clip-score", run_clip_score)
-    one.add_argument("place", type=Path, metavar="FOLDER", help=PLACE)
-    one.add_argument("--clip", type=Path, required=True, help="folder of a CLIPModel with its tokenizer")
-    one.add_argument(
-        "--samples", type=options.positive, help="of a run: pictures to draw; default: as many as held out"
-    )
-    one.add_argument(
-        "--prompts", type=Path, help="of a run: captions, one a line, - is stdin; default: the held-out ones"
-    )
-    add_painting(one)
-
-    one = command("heldout", run_heldout)
-    one.add_argument("run", type=Path, help="a run's folder")
-    one.add_argument("--bins", type=options.positive, default=heldout.BINS, help="of times (default: %(default)s)")
-    one.add_argument("--seed", type=int, default=0, help="of noise and times (default: %(default)s)")
-    one.add_argument("--plot", type=options.png, help="a PNG of the losses by time")
-    options.add_batch(options.add_layout(one), BATCH, HELDOUT)
-    return parser
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "geneval": run_geneval,
+    "dpg": run_dpg,
+    "check-geneval": run_check,
+    "summary": run_summary,
+    "fid": run_fid,
+    "kid": run_kid,
+    "clip-score": run_clip_score,
+    "heldout": run_heldout,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -367,7 +416,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.alone:
         return run_tool("evaluate", partial(judge, args), options.spoken)
     try:
-        return int(args.do(args))
+        return int(COMMANDS[args.command](args))
     except ValueError as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2
@@ -377,7 +426,7 @@ def judge(args: argparse.Namespace, process: Process) -> None:
     """Do what is asked; rank 0 writes and prints. Collective; raises ValueError on all ranks."""
     if args.json:
         of_main(partial(check_writable, args.json))
-    result, lines, path = args.do(args, process)
+    result, lines, path = COMMANDS[args.command](args, process)
     of_main(lambda: write_json(path, result))
     if process.is_main:
         print("\n".join([*lines[:-1], str(path), lines[-1]]))

@@ -11,6 +11,7 @@ steps (.gif), and how evenly the layers spread their experts, the most uneven fi
 step .json), which is also printed.
 """
 
+# ruff: noqa: E402 (the command line comes first)
 from __future__ import annotations
 
 import argparse
@@ -21,25 +22,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-from megadit.model.config import ECDiTConfig
-from megadit.parallel.grid import ParallelConfig
-from megadit.runtime.agreement import of_main, together
-from megadit.runtime.launch import Process
-from megadit.runtime.tool import run_tool
+from megadit.runtime.tool import refuse_early, run_tool
 from megadit.sampling import options
-from megadit.sampling.evenness import Row, printed, table, write_csv, write_json
-from megadit.sampling.folder import writing
-from megadit.sampling.generate import SampleConfig
-from megadit.sampling.heatmap import ALPHA, Scene, decoded, save_animation, sheet, spread_steps
-from megadit.sampling.routing import BRANCHES, Branch, Trace, check_branch, check_experts, recorded
-from megadit.training.config import sampling_of
-from megadit.training.decoder import Decoder, open_decoder
-from megadit.training.restore import Sampler, open_sampler
-from megadit.training.trained_sizes import warn_of_size
+from megadit.sampling.config import BRANCHES
+from megadit.training.drawn import read_asked
 
 ANIMATIONS = ("gif", "webp", "apng", "none")
 BRANCH = """the maps with the prompt, those without it (which guidance steers away from), or by how many experts a patch
@@ -61,6 +47,60 @@ def png_or_folder(text: str) -> Path:
     if path.suffix and not text.endswith("/") and not path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is no PNG, nor a folder that is there; end a new folder's name in /")
     return path
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run's folder")
+    parser.add_argument(
+        "prompt", help="what to draw: a caption, or a class's number if the run is conditioned on classes"
+    )
+    parser.add_argument(
+        "--out",
+        type=png_or_folder,
+        help="a PNG, beside which the rest is written, or a folder; default: the run's folder",
+    )
+    parser.add_argument("--branch", choices=BRANCHES, default="conditional", help=BRANCH)
+    parser.add_argument(
+        "--layers", type=layer_numbers, help="such as 1,3: the layers shown; default: all that have experts"
+    )
+    parser.add_argument(
+        "--steps-shown",
+        type=options.positive,
+        default=5,
+        help="columns of the sheet beside the mean (default: %(default)s)",
+    )
+    parser.add_argument("--plain", action="store_true", help="colours alone, not over the picture")
+    parser.add_argument("--animation", choices=ANIMATIONS, default="gif", help="its kind (default: %(default)s)")
+    options.add_launcher(parser)
+    group = options.add_drawing(parser)
+    options.add_size(group)
+    options.add_autoencoder(group)
+    group.add_argument("--online", action="store_true", help="download encoders that are not on this machine")
+    options.add_layout(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    refuse_early("heatmap", partial(read_asked, arguments(), 1), options.spoken)
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megadit.model.config import ECDiTConfig
+from megadit.parallel.layout import ParallelConfig
+from megadit.runtime.agreement import of_main, together
+from megadit.runtime.launch import Process
+from megadit.sampling.config import Branch, SampleConfig
+from megadit.sampling.evenness import Row, printed, table, write_csv, write_json
+from megadit.sampling.folder import writing
+from megadit.sampling.heatmap import ALPHA, Scene, decoded, save_animation, sheet, spread_steps
+from megadit.sampling.routing import Trace, check_branch, check_experts, recorded
+from megadit.training.config import sampling_of
+from megadit.training.decoder import Decoder, open_decoder
+from megadit.training.restore import Sampler, open_sampler
+from megadit.training.trained_sizes import warn_of_size
 
 
 class Files(NamedTuple):
@@ -187,38 +227,6 @@ def write_numbers(
     write_csv(rows, files.csv)
     layers, times = [trace.layers[i] for i in places], [trace.times[i] for i in trace.firsts]
     write_json(rows, trace.maps(counted(args.branch))[:, places], layers, times, about, files.json)
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run's folder")
-    parser.add_argument(
-        "prompt", help="what to draw: a caption, or a class's number if the run is conditioned on classes"
-    )
-    parser.add_argument(
-        "--out",
-        type=png_or_folder,
-        help="a PNG, beside which the rest is written, or a folder; default: the run's folder",
-    )
-    parser.add_argument("--branch", choices=BRANCHES, default="conditional", help=BRANCH)
-    parser.add_argument(
-        "--layers", type=layer_numbers, help="such as 1,3: the layers shown; default: all that have experts"
-    )
-    parser.add_argument(
-        "--steps-shown",
-        type=options.positive,
-        default=5,
-        help="columns of the sheet beside the mean (default: %(default)s)",
-    )
-    parser.add_argument("--plain", action="store_true", help="colours alone, not over the picture")
-    parser.add_argument("--animation", choices=ANIMATIONS, default="gif", help="its kind (default: %(default)s)")
-    options.add_launcher(parser)
-    group = options.add_drawing(parser)
-    options.add_size(group)
-    options.add_autoencoder(group)
-    group.add_argument("--online", action="store_true", help="download encoders that are not on this machine")
-    options.add_layout(parser)
-    return parser.parse_args()
 
 
 def run(args: argparse.Namespace, process: Process) -> None:

@@ -8,12 +8,33 @@ can have copied.
     python tools/judge_digits.py runs/digits --samples 500 --out runs/digits/result.json
 """
 
+# ruff: noqa: E402 (the command line comes first)
 from __future__ import annotations
 
 import argparse
 import sys
 from functools import partial
 from pathlib import Path
+
+from megadit.runtime.tool import refuse_early, run_tool
+from megadit.sampling import options
+from megadit.training.drawn import read_asked
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run's folder")
+    parser.add_argument("--samples", type=options.positive, default=500, help="pictures to draw (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="of the noise (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="the JSON to write; default: result.json in the run's folder")
+    parser.add_argument("--show", action="store_true", help="print an earlier result instead of judging again")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    args = arguments()
+    if not args.show:
+        refuse_early("judge_digits", partial(read_asked, args, 1))
 
 import numpy as np
 from sklearn.neighbors import NearestNeighbors
@@ -25,8 +46,6 @@ from megadit.data.digits import Digits
 from megadit.evaluation.results import show, write_json
 from megadit.runtime.agreement import of_main
 from megadit.runtime.launch import Process
-from megadit.runtime.tool import run_tool
-from megadit.sampling import options
 from megadit.sampling.folder import check_writable
 from megadit.training.restore import open_sampler
 
@@ -95,13 +114,7 @@ def run(args: argparse.Namespace, out: Path, process: Process) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run's folder")
-    parser.add_argument("--samples", type=options.positive, default=500, help="pictures to draw (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="of the noise (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="the JSON to write; default: result.json in the run's folder")
-    parser.add_argument("--show", action="store_true", help="print an earlier result instead of judging again")
-    args = parser.parse_args()
+    args = arguments()
     out = args.out or args.run / "result.json"
     if args.show:
         return show("judge_digits", out, summary)

@@ -10,6 +10,7 @@ as GenEval's.
     python tools/judge_shapes.py runs/shapes --show                                # an earlier result
 """
 
+# ruff: noqa: E402 (the command line comes first)
 from __future__ import annotations
 
 import argparse
@@ -20,25 +21,60 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megadit.evaluation.results import show, write_json
+from megadit.runtime.tool import refuse_early, run_tool
+from megadit.sampling import options
+from megadit.study.design import SCORE_FILE
+from megadit.training.drawn import read_asked
+
+PICTURES_PER_CALL = 60
+SHEET = 60  # pictures on the sheet, at most
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run's folder")
+    parser.add_argument(
+        "--trained",
+        type=options.positive,
+        default=100,
+        help="pictures per task of combinations that training shows (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--heldout",
+        type=int,
+        default=40,
+        help="pictures per task of combinations that it never does, 0 is none (default: %(default)s)",
+    )
+    parser.add_argument("--out", type=Path, help=f"the JSON to write; default: {SCORE_FILE} in the run's folder")
+    parser.add_argument("--sheet", type=options.png, help=f"a PNG of up to {SHEET} pictures, evenly over the tasks")
+    parser.add_argument("--show", action="store_true", help="print an earlier result instead of judging again")
+    options.add_launcher(parser)
+    options.add_drawing(parser, seed=1)
+    options.add_batch(options.add_layout(parser), PICTURES_PER_CALL)
+    args = parser.parse_args()
+    if args.heldout < 0:
+        parser.error(f"--heldout {args.heldout} is less than 0")
+    return args
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    args = arguments()
+    if not args.show:
+        refuse_early("judge_shapes", partial(read_asked, args, 1), options.spoken)
+
 from torch import Tensor
 from tqdm import tqdm
 
 from megadit.data.shapes.scene import SHAPES, TASKS
-from megadit.evaluation.results import show, write_json
-from megadit.parallel.grid import ParallelConfig
+from megadit.parallel.layout import ParallelConfig
 from megadit.runtime.agreement import of_main
 from megadit.runtime.launch import Process
-from megadit.runtime.tool import run_tool
-from megadit.sampling import options
+from megadit.sampling.config import SampleConfig
 from megadit.sampling.folder import check_writable, writing
-from megadit.sampling.generate import SampleConfig
 from megadit.sampling.picture import save_grid
-from megadit.study.record import SCORE_FILE
 from megadit.study.scoring import Ask, asks, score
 from megadit.training.restore import Sampler, open_sampler
-
-PICTURES_PER_CALL = 60
-SHEET = 60  # pictures on the sheet, at most
 
 
 def summary(result: dict[str, Any]) -> list[str]:
@@ -100,33 +136,6 @@ def write_sheet(drawn_NCHW: Tensor, wanted: Sequence[Ask], path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         count = min(SHEET, len(first))
         save_grid(drawn_NCHW[[first[i * len(first) // count] for i in range(count)]], path, columns=12, zoom=2)
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run's folder")
-    parser.add_argument(
-        "--trained",
-        type=options.positive,
-        default=100,
-        help="pictures per task of combinations that training shows (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--heldout",
-        type=int,
-        default=40,
-        help="pictures per task of combinations that it never does, 0 is none (default: %(default)s)",
-    )
-    parser.add_argument("--out", type=Path, help=f"the JSON to write; default: {SCORE_FILE} in the run's folder")
-    parser.add_argument("--sheet", type=options.png, help=f"a PNG of up to {SHEET} pictures, evenly over the tasks")
-    parser.add_argument("--show", action="store_true", help="print an earlier result instead of judging again")
-    options.add_launcher(parser)
-    options.add_drawing(parser, seed=1)
-    options.add_batch(options.add_layout(parser), PICTURES_PER_CALL)
-    args = parser.parse_args()
-    if args.heldout < 0:
-        parser.error(f"--heldout {args.heldout} is less than 0")
-    return args
 
 
 def main() -> int:

@@ -12,11 +12,14 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 from tqdm import tqdm
 
+from megadit.runtime.tool import refuse_early
+from megadit.training.config import load_config
 from megadit.training.metrics import METRICS_FILE, read_metrics
 
 TENSOR, PIPELINE, EXPERT = "parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=2"
@@ -67,6 +70,7 @@ def main() -> int:
     parser.add_argument("--config", default="tests/configs/tiny.yaml", help="what to train (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps (default: %(default)s)")
     args = parser.parse_args()
+    refuse_early("parity_table", partial(load_config, args.config))
     cases = [case for case in product(LAYOUTS, PRECISIONS) if is_offered(*case)]
     found: dict[tuple[str, str], list[float]] = {}
     for case in tqdm(cases, unit="training", dynamic_ncols=True):

@@ -6,23 +6,18 @@
 docs/planning.md explains every term.
 """
 
+# ruff: noqa: E402 (the command line comes first)
 from __future__ import annotations
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
-from megadit.model.count import residuals
-from megadit.planning.dry_run import check_plannable, table
-from megadit.planning.hardware import GPUS, Gpu, load_gpu
-from megadit.planning.plan import Plan, Planner
-from megadit.planning.search import SPARE, Candidate, differences, does_not_fit, nearest, search
-from megadit.planning.simulation import fake_world
-from megadit.planning.summary import lines, to_dict
+from megadit.planning.hardware import GPUS, SPARE, Gpu, load_gpu
+from megadit.runtime.tool import refuse_early
 from megadit.training.config import RunConfig, load_config
 
 BAD_INPUT, DOES_NOT_FIT = 2, 1  # exit statuses
@@ -48,6 +43,32 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
+def read(args: argparse.Namespace) -> tuple[Gpu, RunConfig]:
+    """What is read. Raises ValueError for what can be refused before torch is imported."""
+    if args.config is None or args.world is None:
+        raise ValueError("--config and --world are needed; --sizes does without")
+    if args.world < 1:
+        raise ValueError(f"--world {args.world} must be 1 or more")
+    if not 0 <= args.spare < 1:
+        raise ValueError(f"--spare {args.spare} must be at least 0 and less than 1")
+    return load_gpu(args.gpu), load_config(args.config, args.overrides)
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    args = arguments(None)
+    if not args.sizes:
+        refuse_early("plan", partial(read, args))
+
+from tqdm import tqdm
+
+from megadit.model.count import residuals
+from megadit.planning.dry_run import check_plannable, table
+from megadit.planning.plan import Plan, Planner
+from megadit.planning.search import Candidate, differences, does_not_fit, nearest, search
+from megadit.planning.simulation import fake_world
+from megadit.planning.summary import lines, to_dict
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     if args.sizes:
@@ -66,13 +87,7 @@ def sizes() -> list[str]:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.config is None or args.world is None:
-        raise ValueError("--config and --world are needed; --sizes does without")
-    if args.world < 1:
-        raise ValueError(f"--world {args.world} must be 1 or more")
-    if not 0 <= args.spare < 1:
-        raise ValueError(f"--spare {args.spare} must be at least 0 and less than 1")
-    gpu, config = load_gpu(args.gpu), load_config(args.config, args.overrides)
+    gpu, config = read(args)
     if args.search:
         found = search_with_bar(config, args.world, gpu, args.spare)
         best = found[0].plan if found and not found[0].reason else None

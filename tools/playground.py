@@ -8,22 +8,16 @@ On another machine: forward the port, ssh -L 7860:127.0.0.1:7860 MACHINE, and op
 password, so whoever reaches --host can draw: it is this machine alone unless you say otherwise.
 """
 
+# ruff: noqa: E402 (the command line comes first)
 from __future__ import annotations
 
 import argparse
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
-import torch
-
-from megadit.pipeline import ECDiTPipeline
-from megadit.pipeline.folder import INDEX_FILE
-from megadit.playground.page import make_page
-from megadit.playground.server import Server
-from megadit.playground.studio import Studio
-from megadit.runtime.log import setup_logging
-from megadit.training.config import CONFIG_FILE
+from megadit.runtime.tool import refuse_early
 
 
 def parsed() -> argparse.Namespace:
@@ -36,10 +30,29 @@ def parsed() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check_folder(folder: Path, online: bool) -> None:
-    """Raises ValueError for a folder that is neither a run nor a pipeline, and for --online with a pipeline."""
+def check_exists(folder: Path) -> None:
+    """Raises ValueError for a folder that is not there."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder; name a run, or a pipeline that save_pretrained wrote")
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    refuse_early("playground", partial(check_exists, parsed().folder.expanduser()))
+
+import torch
+
+from megadit.pipeline import ECDiTPipeline
+from megadit.pipeline.folder import INDEX_FILE
+from megadit.playground.page import make_page
+from megadit.playground.server import Server
+from megadit.playground.studio import Studio
+from megadit.runtime.log import setup_logging
+from megadit.training.config import CONFIG_FILE
+
+
+def check_folder(folder: Path, online: bool) -> None:
+    """Raises ValueError for a folder that is neither a run nor a pipeline, and for --online with a pipeline."""
+    check_exists(folder)
     if not (folder / CONFIG_FILE).is_file() and not (folder / INDEX_FILE).is_file():
         raise ValueError(
             f"{folder} is neither a run (it has no {CONFIG_FILE}) nor a pipeline (it has no {INDEX_FILE}); name a "

@@ -3,19 +3,45 @@
 python tools/plot_loss.py runs/digits runs/digits_dense --out loss.png
 """
 
+# ruff: noqa: E402 (the command line comes first)
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
+
+from megadit.runtime.tool import refuse_early
+from megadit.training.metrics import METRICS_FILE, read_metrics
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs")
+    parser.add_argument("--out", type=Path, required=True, help="the picture to write")
+    parser.add_argument("--window", type=int, default=50, help="steps of the running mean (default: %(default)s)")
+    args = parser.parse_args()
+    if args.window < 1:
+        parser.error(f"--window {args.window} is not more than 0")
+    return args
+
+
+def read(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics. Raises ValueError naming a file that cannot be read."""
+    try:
+        return read_metrics(run / METRICS_FILE)
+    except OSError as error:
+        raise ValueError(f"{run / METRICS_FILE}: {error.strerror}") from error
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    refuse_early("plot_loss", lambda: [read(run) for run in arguments().runs])
 
 import matplotlib
 import numpy as np
 
-from megadit.training.metrics import METRICS_FILE, read_metrics
-
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)
+import matplotlib.pyplot as plt
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -27,20 +53,14 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs")
-    parser.add_argument("--out", type=Path, required=True, help="the picture to write")
-    parser.add_argument("--window", type=int, default=50, help="steps of the running mean (default: %(default)s)")
-    args = parser.parse_args()
-    if args.window < 1:
-        parser.error(f"--window {args.window} is not more than 0")
+    args = arguments()
     figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
     for i, run in enumerate(args.runs):
         colour = f"C{i}"
         try:
-            lines = read_metrics(run / METRICS_FILE)
-        except OSError as error:
-            print(f"plot_loss: {run / METRICS_FILE}: {error.strerror}", file=sys.stderr)
+            lines = read(run)
+        except ValueError as error:
+            print(f"plot_loss: {error}", file=sys.stderr)
             return 2
         steps, loss = (np.array([line[key] for line in lines]) for key in ("step", "loss"))
         axes.plot(steps, loss, color=colour, alpha=0.15, linewidth=0.6)

@@ -15,19 +15,21 @@ import signal
 import sys
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from megadit.runtime.lock import hold
-from megadit.study.conduct import RECORDS, Conductor, Failed, check_no_others, is_finished, places, steps_done
-from megadit.study.design import read_study, trials
-from megadit.study.page import fill
+from megadit.study.design import Failed, read_study, trials
 
 JUDGE = Path(__file__).resolve().with_name("judge_shapes.py")
 
 
 def run(args: argparse.Namespace) -> None:
     study = read_study(args.study)
+    # A study that is refused needs none of this, which takes seconds.
+    import torch
+
+    from megadit.study.conduct import RECORDS, Conductor, check_no_others, is_finished, places, steps_done
+
     every = list(trials(study, args.study))
     out = args.out or Path("runs/reproduce") / study.name
     out.mkdir(parents=True, exist_ok=True)
@@ -45,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
+    from megadit.study.page import fill
+
     changed = fill(args.page, write=not args.check)
     if args.check and changed:
         raise ValueError(f"{args.page} is not what its records say: {', '.join(changed)}; run without --check")

@@ -25,6 +25,7 @@ by its autoencoder: their names or folders are the configuration's, else those i
 exit statuses: 0 done; 2 the input was refused, before anything was drawn, or a picture could not be written
 """
 
+# ruff: noqa: E402 (the command line comes first)
 from __future__ import annotations
 
 import argparse
@@ -35,26 +36,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-from megadit.data.loader import open_dataset
-from megadit.data.stored import numbers
-from megadit.encoders.condition import Condition
-from megadit.parallel.grid import ParallelConfig
-from megadit.runtime.agreement import of_main, together
-from megadit.runtime.launch import Process
-from megadit.runtime.tool import run_tool
+from megadit.runtime.tool import refuse_early, run_tool
 from megadit.sampling import options
-from megadit.sampling.folder import PictureFolder, check_writable, writing
-from megadit.sampling.generate import SampleConfig
-from megadit.sampling.picture import save_grid
-from megadit.sampling.prompts import read_prompts
-from megadit.training.config import RunConfig, check_sizes
-from megadit.training.decoder import Decoder, open_decoder
-from megadit.training.restore import PICTURES_PER_CALL, Sampler, open_sampler, read_drawn
-from megadit.training.trained_sizes import warn_of_size
+from megadit.training.drawn import PICTURES_PER_CALL, read_asked
 
 PROMPTS = """what to draw: captions, or numbers of classes if the run is conditioned on classes;
 default: the data set's held-out ones"""
@@ -104,6 +88,29 @@ def arguments() -> argparse.Namespace:
     if args.overwrite and not args.folder:
         parser.error("--overwrite is for --folder; a grid is always written anew")
     return args
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    refuse_early("sample", partial(read_asked, arguments(), 1), options.spoken)
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megadit.data.loader import open_dataset
+from megadit.data.stored import numbers
+from megadit.encoders.condition import Condition
+from megadit.parallel.layout import ParallelConfig
+from megadit.runtime.agreement import of_main, together
+from megadit.runtime.launch import Process
+from megadit.sampling.config import SampleConfig
+from megadit.sampling.folder import PictureFolder, check_writable, writing
+from megadit.sampling.picture import save_grid
+from megadit.sampling.prompts import read_prompts
+from megadit.training.config import RunConfig, check_sizes
+from megadit.training.decoder import Decoder, open_decoder
+from megadit.training.restore import Sampler, open_sampler
+from megadit.training.trained_sizes import warn_of_size
 
 
 def default_prompts(config: RunConfig, condition: Condition, count: int) -> list[str]:
@@ -158,7 +165,7 @@ def prepare(args: argparse.Namespace, process: Process) -> Job:
     """Read and check everything. Collective; raises ValueError on all ranks, for a layout before anything is loaded."""
     parallel, sample = options.asked(args, ParallelConfig()), options.given(args, SampleConfig)
     with together():
-        config = read_drawn(args.run, process.world_size, parallel, sample)
+        config = read_asked(args, process.world_size)
     prompts = of_main(lambda: read_prompts(args.prompts_file) if args.prompts_file else args.prompts)
     for path in (args.folder, grid_path(args)):
         if path:

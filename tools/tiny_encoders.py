@@ -7,6 +7,7 @@ For trying the path from images to samples where no weights can be downloaded: w
 of 8 x 8 pixels, T5's states 32 wide, CLIP's pooled vectors 24. Nothing that they make means anything.
 """
 
+# ruff: noqa: E402 (the command line comes first)
 from __future__ import annotations
 
 import argparse
@@ -17,6 +18,17 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--channels", type=int, default=4, help="of the latents (default: %(default)s)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    arguments()
 
 import sentencepiece
 import torch
@@ -241,10 +253,7 @@ def merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--channels", type=int, default=4, help="of the latents (default: %(default)s)")
-    args = parser.parse_args()
+    args = arguments()
     made = (
         make_autoencoder(args.folder / "vae", args.channels, downscale=8, scaling_factor=4.0),  # to about unit variance
         make_t5(args.folder / "t5"),

@@ -7,8 +7,7 @@ from typing import Any
 
 from megadit.conversion import dit, nucleus, pixart
 from megadit.conversion.rule import Architecture, Rule
-from megadit.model.config import ECDiTConfig
-from megadit.model.text import TextConfig
+from megadit.model.config import ECDiTConfig, TextConfig
 
 __all__ = ["ARCHITECTURES", "Architecture", "Rule"]
 

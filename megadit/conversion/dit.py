@@ -24,8 +24,7 @@ from megadit.conversion.transformer2d import (
     renamed,
     settings_of,
 )
-from megadit.model.config import ECDiTConfig
-from megadit.model.text import TextConfig
+from megadit.model.config import ECDiTConfig, TextConfig
 
 NAME = "DiTTransformer2DModel"
 DIT_FIXED = FIXED | {"norm_type": "ada_norm_zero"}

@@ -16,7 +16,7 @@ from megadit.checkpoint.stream import Outgoing, Progress, appearing, write_folde
 from megadit.conversion.mapping import fitting_architecture, theirs_outgoing
 from megadit.conversion.run_folder import all_outgoing
 from megadit.conversion.weights import FORMAT, Bar, Weights, open_weights, parameters_of
-from megadit.parallel.grid import ParallelConfig
+from megadit.parallel.layout import ParallelConfig
 from megadit.parallel.placement import Placement
 from megadit.runtime.disk import write_synced
 from megadit.training.build import TOKENIZER_FILE

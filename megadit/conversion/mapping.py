@@ -15,9 +15,8 @@ from megadit.checkpoint.source import FolderSource, Source, Spec
 from megadit.checkpoint.stream import Outgoing
 from megadit.conversion.diffusers import ARCHITECTURES
 from megadit.conversion.rule import Architecture, Rule
-from megadit.model.config import ECDiTConfig
+from megadit.model.config import ECDiTConfig, TextConfig
 from megadit.model.ecdit import whole_model
-from megadit.model.text import TextConfig
 from megadit.training.config import parse
 
 CLASS_KEY = "_class_name"  # in their config.json

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from megadit.conversion.rule import Rule
 from megadit.conversion.transformer2d import renamed
-from megadit.model.config import ECDiTConfig
-from megadit.model.text import TextConfig
+from megadit.model.config import ECDiTConfig, TextConfig
 
 NAME = "NucleusMoEImageTransformer2DModel"
 # What of theirs has no place in ours, by the names of their parameters where there are any.

@@ -25,8 +25,7 @@ from megadit.conversion.transformer2d import (
     renamed,
     settings_of,
 )
-from megadit.model.config import ECDiTConfig
-from megadit.model.text import TextConfig
+from megadit.model.config import ECDiTConfig, TextConfig
 
 NAME = "PixArtTransformer2DModel"
 PIXART_FIXED = FIXED | {"norm_type": "ada_norm_single", "attention_type": "default"}

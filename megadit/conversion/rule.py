@@ -7,8 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from megadit.model.config import ECDiTConfig
-from megadit.model.text import TextConfig
+from megadit.model.config import ECDiTConfig, TextConfig
 
 
 class Rule(NamedTuple):

@@ -55,8 +55,8 @@ def run_dtype(found: set[torch.dtype]) -> torch.dtype:
 
 def weights_only(config: RunConfig, destination: Path, dtype: torch.dtype) -> RunConfig:
     """The configuration of a run's folder at `destination` with weights of that precision."""
-    name = next(name for name, known in DTYPES.items() if known == dtype)
-    run = replace(config.run, name=destination.name, dir=str(destination.absolute()), dtype=name)  # type: ignore[arg-type]
+    name = next(name for name in DTYPES if getattr(torch, name) == dtype)
+    run = replace(config.run, name=destination.name, dir=str(destination.absolute()), dtype=name)
     stage = config.zero.stage
     if dtype == torch.float64:
         stage = 0  # it has no masters

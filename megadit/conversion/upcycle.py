@@ -33,11 +33,11 @@ from megadit.conversion.weights import (
 )
 from megadit.model.config import ROUTING_PRESETS, ECDiTConfig
 from megadit.model.weights import init_of
-from megadit.parallel.grid import ParallelConfig
+from megadit.parallel.layout import ParallelConfig
 from megadit.runtime.seed import stream
 from megadit.training.build import tokenizer_beside
 from megadit.training.config import RunConfig, check, check_known, differing, parse
-from megadit.training.restore import as_drawn
+from megadit.training.drawn import as_drawn
 
 # What may change of a model section: how tokens are routed, and to what.
 ROUTING = frozenset({

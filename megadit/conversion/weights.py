@@ -17,13 +17,13 @@ from torch import Tensor
 from megadit.checkpoint.source import CheckpointSource, FolderSource, Source, Spec, open_source
 from megadit.checkpoint.stream import Outgoing, Progress
 from megadit.conversion.mapping import MappedSource
-from megadit.data.loader import DataConfig
+from megadit.data.config import DataConfig
 from megadit.model.ecdit import whole_model
-from megadit.parallel.grid import ParallelConfig
+from megadit.parallel.layout import ParallelConfig
 from megadit.parallel.placement import Placement, placement_of
 from megadit.training.build import tokenizer_beside
 from megadit.training.config import RunConfig, check, parse
-from megadit.training.restore import as_drawn
+from megadit.training.drawn import as_drawn
 
 KINDS = {"model": "weight", "master": "master", "ema": "ema"}  # what may be exported, and its prefix in a checkpoint
 FORMAT = "megadit"  # in an export's config.json

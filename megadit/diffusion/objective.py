@@ -2,31 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """Which times are trained (logit-normal, then shifted), and what the network does not get to see."""
-
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-    shift: float = 1.0
-    shift_tokens: int = 0  # images of so many tokens have shift, and sample.shift; others in proportion; 0: all alike
-    caption_dropout: float = 0.1  # how often it is told nothing, for guidance
-    keep_tokens: float = 1.0  # fraction of an image's tokens that it sees in training (MaskDiT, arXiv 2306.09305)
-
-
-def kept_tokens(tokens: int, fraction: float) -> int:
-    """How many of an image's tokens are seen, at least one.
-
-    >>> kept_tokens(256, 0.5), kept_tokens(15, 0.5), kept_tokens(16, 1.0), kept_tokens(4, 0.1)
-    (128, 8, 16, 1)
-    """
-    return max(1, round(tokens * fraction))
 
 
 def corrupt(clean_BCHW: Tensor, noise_BCHW: Tensor, timesteps_B: Tensor) -> tuple[Tensor, Tensor]:

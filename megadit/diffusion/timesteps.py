@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -11,17 +9,6 @@ from torch import Tensor
 def shift_time(t: Tensor, shift: float) -> Tensor:
     """Move times towards the noise (shift > 1), as larger images need (arXiv 2403.03206, equation 23)."""
     return shift * t / (1 + (shift - 1) * t)
-
-
-def shift_of(shift: float, tokens: int, shift_tokens: int) -> float:
-    """The shift of an image of `tokens`, where `shift` is meant for images of `shift_tokens` (0: for all of them).
-
-    The square root of the ratio of their sizes (arXiv 2403.03206, equation 23): more pixels average more noise away.
-
-    >>> shift_of(3.0, 1024, 256), shift_of(3.0, 64, 256), shift_of(3.0, 1024, 0)
-    (6.0, 1.5, 3.0)
-    """
-    return shift * math.sqrt(tokens / shift_tokens) if shift_tokens else shift
 
 
 def logit_normal(normal_B: Tensor, mean: float, std: float, shift: float) -> Tensor:

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from megadit.evaluation.defaults import SUBSET_SIZE, SUBSETS
 from megadit.runtime.seed import stream
 
 ROWS = 4096  # features that a metric takes at once
-SUBSETS, SUBSET_SIZE = 100, 1000  # of KID, as its authors have them (arXiv 1801.01401)
 
 
 class Given(nn.Module):

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from megadit.data.batch import Batch
-from megadit.diffusion.objective import ObjectiveConfig, corrupt, velocity_loss
+from megadit.diffusion.config import ObjectiveConfig
+from megadit.diffusion.objective import corrupt, velocity_loss
+from megadit.evaluation.defaults import BINS
 from megadit.evaluation.heldout_split import Share
 from megadit.runtime.agreement import gathered, together
 from megadit.runtime.seed import stream
 from megadit.sampling.folder import writing
 from megadit.training.restore import Sampler
-
-BINS = 10
 
 
 @dataclass(frozen=True)

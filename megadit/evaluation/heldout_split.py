@@ -16,12 +16,11 @@ from megadit.data.loader import Loader, open_dataset
 from megadit.data.mixture import Mixture
 from megadit.data.stored import Numbered, StoredCaptions
 from megadit.encoders.condition import Condition, Labels
+from megadit.evaluation.defaults import BATCH
 from megadit.runtime.seed import stream
 from megadit.training.config import CONFIG_FILE, RunConfig, load_config
 from megadit.training.encoded import open_mixture
 from megadit.training.restore import Sampler
-
-BATCH = 16  # samples of a call on one rank, about
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from megadit.encoders.condition import Captions, FrozenCaptions
 from megadit.evaluation.images import to_rgb
 from megadit.runtime.agreement import together
-from megadit.sampling.generate import SampleConfig
+from megadit.sampling.config import SampleConfig
 from megadit.training.config import check_sizes
 from megadit.training.decoder import Decoder
 from megadit.training.restore import Sampler

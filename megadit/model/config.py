@@ -130,6 +130,35 @@ class ECDiTConfig:
         return min(tokens, math.ceil(exact - 1e-9))  # 100 x 1.1 / 10 is a little more than 11 in floating point
 
 
+@dataclass(frozen=True)
+class TextConfig:
+    """The caption's way into the model."""
+
+    # All but builtin are states of frozen encoders, through two layers to text.width. precomputed: by whatever encoded
+    # the data set. t5+clip: T5's states and CLIP's pooled vector, as FLUX.
+    kind: Literal["builtin", "t5", "clip", "t5+clip", "precomputed"] = "builtin"
+    tokenizer: str = ""  # a sentencepiece model file; empty: one is trained on the data set's captions
+    vocabulary: int = 256
+    pieces: Literal["unigram", "bpe"] = "unigram"  # of a tokenizer that is trained; bpe: few words stay whole
+    length: int = 16  # tokens of a caption, padded or cut to it
+    width: int = 64
+    layers: int = 2
+    heads: int = 4
+    init_std: float = 0.02  # of the embeddings of builtin's tokens and their positions
+    channels: int = 4096  # of a frozen encoder's states
+    pooled: int = 0  # width of the frozen encoder's vector of the whole caption, which joins the time; 0: none
+    t5: str = ""  # the frozen encoder's name or folder
+    t5_revision: str = ""
+    clip: str = ""
+    clip_revision: str = ""
+    too_long: Literal["cut", "error"] = "cut"  # what becomes of a caption of more than `length` tokens
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether captions come as a frozen encoder's states."""
+        return self.kind != "builtin"
+
+
 def _size(layers: int, width: int, kv_heads: int, experts: int) -> dict[str, Any]:
     return {"layers": layers, "width": width, "heads": width // 64, "kv_heads": kv_heads, "experts": experts}
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from megadit.model.block import Block, recomputed
-from megadit.model.config import ECDiTConfig
+from megadit.model.config import ECDiTConfig, TextConfig
 from megadit.model.embed import MODULATION_OUTPUTS, Embedding, Head
 from megadit.model.positions import rotary_positions
 from megadit.model.router import RouterStats
-from megadit.model.text import TextConfig, readable
+from megadit.model.text import readable
 from megadit.parallel.grid import Group
 from megadit.parallel.pipeline.anchor import anchored
 from megadit.parallel.tensor.mappings import Region, ReplicatedTokens, enter

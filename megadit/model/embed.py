@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megadit.model.config import ECDiTConfig
+from megadit.model.config import ECDiTConfig, TextConfig
 from megadit.model.positions import sincos_positions
-from megadit.model.text import TextConfig, TextEncoder, TextProjection
+from megadit.model.text import TextEncoder, TextProjection
 from megadit.parallel.placement import Placement, placed
 from megadit.parallel.tensor.linear import ColumnParallelLinear, ReplicatedLinear
 from megadit.parallel.tensor.mappings import Region, ReplicatedTokens, enter

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 
-from megadit.model.config import ECDiTConfig
-from megadit.model.text import TextConfig
+from megadit.model.config import ECDiTConfig, TextConfig
 from megadit.parallel.init import Constant, Init, Normal, Xavier
 
 CAPTIONS = ("embed.text.tokens", "embed.text.positions")

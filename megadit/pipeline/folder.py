@@ -29,13 +29,14 @@ from megadit.encoders.condition import Captions, Condition, FrozenCaptions, Labe
 from megadit.encoders.frozen_text import FrozenText, load_encoders
 from megadit.encoders.tokenizer import Tokenizer
 from megadit.model.ecdit import ECDiT
-from megadit.parallel.grid import ParallelConfig
+from megadit.parallel.layout import ParallelConfig
 from megadit.runtime.disk import write_synced
 from megadit.training.build import TOKENIZER_FILE
 from megadit.training.config import CONFIG_FILE, RunConfig, check, parse
 from megadit.training.decoder import Decoder
+from megadit.training.drawn import as_drawn, read_drawn
 from megadit.training.encoded import autoencoder_of
-from megadit.training.restore import as_drawn, newest_checkpoint, open_condition, read_drawn, warn_of_weights
+from megadit.training.restore import newest_checkpoint, open_condition, warn_of_weights
 from megadit.training.trained_sizes import trained_sizes
 
 INDEX_FILE = "model_index.json"

@@ -34,7 +34,8 @@ from megadit.pipeline.request import (
     settings_of,
     size_of,
 )
-from megadit.sampling.generate import SampleConfig, generate
+from megadit.sampling.config import SampleConfig
+from megadit.sampling.generate import generate
 from megadit.sampling.picture import as_png, to_bytes
 from megadit.sampling.routing import Recording, recorded
 from megadit.training.config import images_per_group

@@ -9,8 +9,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from megadit.pipeline.folder import Parts, Size
-from megadit.sampling.generate import SampleConfig
-from megadit.sampling.solvers import check_installed
+from megadit.sampling.config import SampleConfig, check_installed
 from megadit.training.config import check_sizes, numbers_make_sense, parse, sampling_of
 from megadit.training.trained_sizes import not_among
 

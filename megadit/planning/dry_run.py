@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from megadit.parallel.grid import Layout
+from megadit.parallel.layout import Layout
 from megadit.planning.memory import GB, Memory
 from megadit.planning.meter import Collective
 from megadit.planning.simulation import SimulatedPipeline, fake_world, simulated

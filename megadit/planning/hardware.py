@@ -13,6 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from megadit.training.config import DTYPES, check_known
 
+SPARE = 0.1  # of a GPU's memory, for what CUDA, NCCL and fragmentation take
+
 
 @dataclass(frozen=True)
 class Efficiency:
@@ -137,7 +139,7 @@ def _parse(raw: Any) -> Gpu:
         raise ValueError(f"expected keys ({', '.join(_names(Gpu))}), found {raw!r}")
     for prefix, values, known in (
         ("", raw, _names(Gpu)),
-        ("matrix_rate.", raw.get("matrix_rate"), list(DTYPES)),
+        ("matrix_rate.", raw.get("matrix_rate"), DTYPES),
         ("efficiency.", raw.get("efficiency"), _names(Efficiency)),
     ):
         for key in values if isinstance(values, dict) else ():

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from megadit.parallel.grid import AXES, UNIONS, Grid
+from megadit.parallel.grid import UNIONS, Grid
+from megadit.parallel.layout import AXES
 from megadit.planning.recall import recalled
 
 ACTIVATIONS = "activations"  # the category of whatever nobody has claimed

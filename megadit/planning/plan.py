@@ -16,7 +16,8 @@ import torch
 
 from megadit.model.config import ECDiTConfig
 from megadit.model.count import flops_of, products_of, stage_costs, weights_of
-from megadit.parallel.grid import AXES, UNIONS, Grid, Layout
+from megadit.parallel.grid import UNIONS, Grid
+from megadit.parallel.layout import AXES, Layout
 from megadit.parallel.pipeline.partition import partition, stage_indices
 from megadit.planning.hardware import Gpu
 from megadit.planning.memory import Memory

@@ -11,8 +11,8 @@ from itertools import groupby, product
 from multiprocessing import get_context
 from typing import Literal
 
-from megadit.parallel.grid import ParallelConfig
-from megadit.planning.hardware import Gpu
+from megadit.parallel.layout import ParallelConfig
+from megadit.planning.hardware import SPARE, Gpu
 from megadit.planning.memory import GB
 from megadit.planning.plan import Plan, Planner
 from megadit.planning.simulation import fake_world
@@ -21,7 +21,6 @@ from megadit.training.config import RunConfig, check
 MICRO_BATCHES = (1, 2, 4, 8)  # and the configuration's own
 DEEPEST = 16  # pipeline ranks
 EXACT = 24  # of the best, that are planned once more without sharing what is measured
-SPARE = 0.1  # of a GPU's memory, for what CUDA, NCCL and fragmentation take
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from megadit.data.batch import Batch
 from megadit.model.ecdit import carry_like
 from megadit.model.positions import rotary_positions, sincos_positions
 from megadit.model.weights import decays
-from megadit.parallel.grid import Grid, Layout
+from megadit.parallel.grid import Grid
+from megadit.parallel.layout import Layout
 from megadit.parallel.pipeline.schedule import Pipeline, Stage
 from megadit.planning.meter import Meter, Peaks, fused_attention
 from megadit.runtime.launch import Process

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from megadit.pipeline.pipeline import ECDiTPipeline, PipelineOutput
 from megadit.playground.wish import Wish
+from megadit.sampling.config import BRANCHES, Branch
 from megadit.sampling.evenness import Row, table
 from megadit.sampling.heatmap import COLOURS, Scene, coloured, enlarged, mean_over_steps
 from megadit.sampling.picture import as_png
-from megadit.sampling.routing import BRANCHES, Branch, Trace, check_experts
+from megadit.sampling.routing import Trace, check_experts
 
 logger = logging.getLogger("megadit")
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, get_args, get_type_hints
 
-from megadit.sampling.generate import SampleConfig
+from megadit.sampling.config import SampleConfig
 
 SAMPLERS: tuple[str, ...] = get_args(get_type_hints(SampleConfig)["sampler"])
 MOST_STEPS, MOST_GUIDANCE, MOST_LETTERS = 1000, 100.0, 2000

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadit.parallel.grid import UNIONS, Group, Layout
+from megadit.parallel.grid import UNIONS, Group
+from megadit.parallel.layout import Layout
 from megadit.preflight.station import GROUPS, Station
 from megadit.preflight.verdict import Verdict
 

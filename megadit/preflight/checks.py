@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 from megadit.preflight import bandwidth, clock, collectives, compute, groups, hops, memory, parity, versions
+from megadit.preflight.names import NAMES
 from megadit.preflight.runner import Check
 
-CHECKS = (
-    Check("versions", versions.measure, versions.judge),
-    Check("clock", clock.measure, clock.judge),
-    Check("memory", memory.measure, memory.judge),
-    Check("compute", compute.measure, compute.judge),
-    Check("groups", groups.measure, groups.judge),
-    Check("collectives", collectives.measure, collectives.judge),
-    Check("bandwidth", bandwidth.measure, bandwidth.judge),
-    Check("hops", hops.measure, hops.judge),
-    Check("parity", parity.measure, parity.judge),
-)
+MODULES = (versions, clock, memory, compute, groups, collectives, bandwidth, hops, parity)
+CHECKS = tuple(Check(name, each.measure, each.judge) for name, each in zip(NAMES, MODULES, strict=True))

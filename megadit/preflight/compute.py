@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megadit.checkpoint import Saver
-from megadit.parallel.grid import ParallelConfig
+from megadit.parallel.layout import ParallelConfig
 from megadit.preflight.station import Station
 from megadit.preflight.training import EXACT, OwnGrid, assembled, configuration
 from megadit.preflight.verdict import Verdict

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from pydantic import TypeAdapter, ValidationError
 
-from megadit.parallel.grid import Layout, ParallelConfig
+from megadit.parallel.layout import Layout, ParallelConfig
 from megadit.training.config import check_known
 
 KEYS = ("tensor", "pipeline", "expert", "sequence", "schedule", "stages_per_rank")

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megadit.parallel.grid import Grid, Layout, ParallelConfig
+from megadit.parallel.grid import Grid
+from megadit.parallel.layout import Layout, ParallelConfig
 from megadit.preflight.layouts import label
 from megadit.runtime.launch import Process
 

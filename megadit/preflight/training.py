@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch.distributed as dist
 
 from megadit.checkpoint import Saver
-from megadit.parallel.grid import Grid, Group, Layout, ParallelConfig
+from megadit.parallel.grid import Grid, Group
 from megadit.parallel.init import Constant, Init, Normal
+from megadit.parallel.layout import Layout, ParallelConfig
 from megadit.runtime.launch import Process
 from megadit.training.build import Inputs, Run, assemble_run
 from megadit.training.config import RunConfig, parse

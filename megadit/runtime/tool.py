@@ -1,18 +1,46 @@
-"""A command on one process or several: what is refused is one line on stderr, and every process ends alike."""
+"""A command on one process or several: what is refused is one line on stderr, and every process ends alike.
+
+A tool's file begins with its command line, which is read before the imports that take seconds: so --help and refused
+arguments are answered at once (`refuse_early`).
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from megadit.runtime.agreement import gathered
-from megadit.runtime.launch import LaunchError, Process, process_group
+from megadit.runtime.environment import LaunchError, discover
 from megadit.runtime.log import setup_logging
 from megadit.runtime.status import BAD_INPUT
+
+if TYPE_CHECKING:
+    from megadit.runtime.launch import Process
+
+
+def refuse_early(name: str, check: Callable[[], object], told: Callable[[str], str] = str) -> None:
+    """End this process with one line and BAD_INPUT where `check` raises a ValueError or an OSError.
+
+    For what a tool can refuse before its slow imports; what does the work checks it again. Several processes are not
+    refused here: they find out together, so that one of them reports it (`run_tool`).
+    """
+    try:
+        if discover(os.environ)[1] > 1:
+            return
+    except LaunchError:
+        return  # for the work to report
+    try:
+        check()
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"{name}: {told(str(error))}\n")
+        sys.exit(BAD_INPUT)
 
 
 def run_tool(name: str, work: Callable[[Process], int | None], told: Callable[[str], str] = str) -> int:
     """Do a tool's work together with the other processes that were started; its exit status, as of `answered`."""
+    from megadit.runtime.launch import process_group
+
     try:
         with process_group() as process:
             setup_logging(process.rank)
@@ -30,6 +58,8 @@ def answered(
     Collective, and the work raises a ValueError on all ranks or on none; see `megadit.runtime.agreement`. told: puts
     the message in the tool's words.
     """
+    from megadit.runtime.agreement import gathered
+
     try:
         return work(process) or 0
     except ValueError as error:

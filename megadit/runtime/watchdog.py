@@ -29,13 +29,13 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType, TracebackType
 
 from megadit.runtime import flight
 from megadit.runtime.board import Beat, Board, Verdict, Watched, where
+from megadit.runtime.config import WatchdogConfig
 from megadit.runtime.launch import Process
 from megadit.runtime.status import LOST
 
@@ -50,15 +50,6 @@ MARGIN_S = 3.0  # after its own limit, for rank 0 to have noticed
 PEER_LOST = re.compile(r"gloo/transport|NCCL|Connection (closed|reset)|Broken pipe|remote process exited")
 
 Tell = Callable[..., None]  # tell(step, reason, ranks=..., collective=..., ...)
-
-
-@dataclass(frozen=True)
-class WatchdogConfig:
-    """When ranks count as lost. Seconds."""
-
-    hang: float = 600.0  # without progress; 0: no watchdog
-    startup: float = 1800.0  # the same before the first step is done, while saving, evaluating or drawing
-    silent: float = 60.0  # without a heartbeat of a rank
 
 
 class AwakeClock:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,25 +14,13 @@ from megadit.diffusion.sampler import Network, OnStep, Progress, after, go_on
 from megadit.diffusion.timesteps import sampling_times
 from megadit.encoders.condition import Condition
 from megadit.runtime.seed import stream
+from megadit.sampling.config import SampleConfig
 from megadit.sampling.prompts import check_prompts
 from megadit.sampling.solvers import SAMPLERS
 
 logger = logging.getLogger("megadit")
 
 NAMED = 5  # pictures at fault that a message names
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """How pictures are drawn. Heun evaluates the network twice a step, the others once."""
-
-    sampler: Literal["euler", "heun", "dpm++", "unipc"] = "heun"  # the last two are diffusers': good from 10 steps on
-    steps: int = 20
-    guidance: float = 3.0  # 1: none, at half the cost
-    shift: float = 1.0  # more than 1 spends more steps near the noise; see objective.shift_tokens
-    guidance_rescale: float = 0.0  # 0 to 1: how far guidance may not change a velocity's spread (arXiv 2305.08891)
-    guidance_from: float = 0.0  # guided are times between these two, 1 is noise; elsewhere a step costs half
-    guidance_until: float = 1.0
 
 
 class NotFinite(ValueError):

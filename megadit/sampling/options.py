@@ -12,8 +12,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from megadit.parallel.grid import ParallelConfig
-from megadit.sampling.generate import SampleConfig
+from megadit.parallel.layout import ParallelConfig
+from megadit.sampling.config import SampleConfig
 
 Options = TypeVar("Options", SampleConfig, ParallelConfig)
 

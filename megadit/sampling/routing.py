@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,11 +24,8 @@ from megadit.model.moe import MoE
 from megadit.parallel.grid import Group
 from megadit.parallel.pipeline.schedule import Listener
 from megadit.runtime.agreement import gathered
-from megadit.sampling.generate import SampleConfig
+from megadit.sampling.config import Branch, SampleConfig
 
-# With the prompt, without it, and by how many experts more a patch is picked with it.
-Branch = Literal["conditional", "unconditional", "difference"]
-BRANCHES: tuple[Branch, ...] = get_args(Branch)
 NO_BRANCH = (
     "there is no {} branch: no step is drawn without the prompt; set a guidance other than 1, between times that "
     "steps begin at"

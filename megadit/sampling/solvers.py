@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -101,12 +100,3 @@ def make_unipc(order: int = 2) -> Any:
 # Of order 2, which bears guidance better than 3: diffusers' own recommendation.
 SOLVERS = {"dpm++": make_dpm, "unipc": make_unipc}
 SAMPLERS: dict[str, Solver] = {**OURS, **{name: partial(solved, make) for name, make in SOLVERS.items()}}
-
-
-def check_installed(sampler: str) -> None:
-    """Raises ValueError, without an import of seconds, for a sampler whose package is not there."""
-    if sampler in SOLVERS and find_spec("diffusers") is None:
-        raise ValueError(
-            f"sample.sampler={sampler} needs diffusers; install it with pip install -e '.[encoders]', or use "
-            f"{' or '.join(OURS)}"
-        )

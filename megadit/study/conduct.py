@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from megadit.runtime.disk import replace_file
 from megadit.runtime.launch import end_with_parent
 from megadit.runtime.status import STOPPED
-from megadit.study.design import JudgeConfig, Study, Trial, fingerprint
+from megadit.study.design import Failed, JudgeConfig, Study, Trial, fingerprint
 from megadit.study.hardware import cores, machine
 from megadit.study.record import record_of
 from megadit.training.config import CONFIG_FILE, differing, load_config
@@ -23,10 +23,6 @@ from megadit.training.metrics import METRICS_FILE
 
 RECORDS = "records"
 LOG_FILE = "log.txt"
-
-
-class Failed(RuntimeError):
-    """A trial's training or judging ended with an error."""
 
 
 class Place(NamedTuple):

@@ -23,11 +23,15 @@ from typing import Annotated
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from megadit.model.count import forward_flops
 from megadit.training.config import RunConfig, check, check_inputs, load_config
 
+SCORE_FILE = "shapes.json"  # what the judge writes into a run's folder
 FLOPS_TOLERANCE = 0.01
 STRICT = ConfigDict(extra="forbid")  # an unknown key is an error
+
+
+class Failed(RuntimeError):
+    """A trial's training or judging ended with an error."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,8 @@ def read_study(path: Path) -> Study:
         raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     if len(study.seeds) < 2 or len(set(study.seeds)) < len(study.seeds):
         raise ValueError(f"{path}: seeds {list(study.seeds)} must be two or more, all different: intervals are of them")
+    from megadit.model.count import forward_flops  # it takes torch, and what is above does not
+
     flops = {}
     for trial in trials(study, path):
         try:

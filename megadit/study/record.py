@@ -9,12 +9,11 @@ from statistics import fmean, median
 from typing import Any
 
 from megadit.model.count import activated_parameters, forward_flops, parameters, weights_of
-from megadit.study.design import Trial, fingerprint
+from megadit.study.design import SCORE_FILE, Trial, fingerprint
 from megadit.training.config import CONFIG_FILE, RunConfig, load_config
 from megadit.training.metrics import METRICS_FILE, read_metrics
 
 LAST = 50  # steps that final means are over
-SCORE_FILE = "shapes.json"
 
 
 def record_of(trial: Trial, label: str, run: Path) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from megadit.data.config import Shape, Task
 from megadit.data.shapes.captions import caption_of
 from megadit.data.shapes.judge import judge
-from megadit.data.shapes.scene import SHAPES, Request, Shape, Task, requests_with
+from megadit.data.shapes.scene import SHAPES, Request, requests_with
 from megadit.runtime.seed import stream
 from megadit.sampling.picture import to_bytes
 

@@ -22,8 +22,9 @@ from megadit.encoders.tokenizer import Tokenizer
 from megadit.model.count import stage_costs
 from megadit.model.ecdit import ECDiT
 from megadit.model.weights import decays, init_of
-from megadit.parallel.grid import Grid, Layout
+from megadit.parallel.grid import Grid
 from megadit.parallel.init import Init, initialise
+from megadit.parallel.layout import Layout
 from megadit.parallel.pipeline.partition import partition, stage_indices
 from megadit.parallel.pipeline.schedule import LossFunction, Pipeline
 from megadit.parallel.tensor.mappings import CutTokens, Region, ReplicatedTokens
@@ -31,7 +32,8 @@ from megadit.runtime.launch import Process
 from megadit.training.config import RunConfig, check_inputs, images_per_group, num_microbatches, training_tokens
 from megadit.training.ema import Ema
 from megadit.training.encoded import open_mixture
-from megadit.zero import Engine, create_engine
+from megadit.zero import create_engine
+from megadit.zero.groups import Engine
 
 logger = logging.getLogger("megadit")
 

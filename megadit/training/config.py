@@ -13,27 +13,27 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from megadit.data.loader import DataConfig
-from megadit.diffusion.objective import ObjectiveConfig, kept_tokens
-from megadit.diffusion.timesteps import shift_of
-from megadit.model.config import PRESETS, ROUTING_PRESETS, ECDiTConfig
-from megadit.model.text import TextConfig
-from megadit.parallel.grid import Fallback, Layout, ParallelConfig
-from megadit.runtime.watchdog import WatchdogConfig
-from megadit.sampling.generate import SampleConfig
-from megadit.sampling.solvers import check_installed
-from megadit.training.ema import EmaConfig
+from megadit.data.config import DataConfig
+from megadit.diffusion.config import ObjectiveConfig, kept_tokens, shift_of
+from megadit.model.config import PRESETS, ROUTING_PRESETS, ECDiTConfig, TextConfig
+from megadit.parallel.layout import Fallback, Layout, ParallelConfig
+from megadit.runtime.config import WatchdogConfig
+from megadit.sampling.config import SampleConfig, check_installed
 from megadit.training.guard import GuardConfig
-from megadit.zero import OptimConfig, ZeroConfig
+from megadit.zero.config import OptimConfig, ZeroConfig
+
+if TYPE_CHECKING:
+    import torch
+
+Dtype = Literal["bfloat16", "float32", "float64"]
 
 CONFIG_FILE = "config.yaml"  # in a run's folder
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+DTYPES: tuple[Dtype, ...] = typing.get_args(Dtype)
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,19 @@ class RunSection:
     dir: str = ""  # empty: runs/<name>
     seed: int = 0
     steps: int = 1000
-    dtype: Literal["bfloat16", "float32", "float64"] = "float32"  # of parameters; ZeRO keeps float32 masters
+    dtype: Dtype = "float32"  # of parameters; ZeRO keeps float32 masters
     compile: bool = False  # torch.compile of each block, as one graph of fixed shapes
     recompute: Literal["none", "block", "moe"] = "none"  # what keeps its inputs only and runs again backward
     deterministic: bool = False  # only kernels that repeat bit for bit; an error names what has none
     init_from: str = ""  # a run, a checkpoint or an export whose weights a new run starts from, with a fresh optimizer
     init_weights: Literal["model", "ema"] = "model"  # of a checkpoint: those that trained, or their average
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    """`decay` is reached gradually: early on the average forgets its start faster."""
+
+    decay: float = 0.999
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,9 @@ class RunConfig:
 
     @property
     def dtype(self) -> torch.dtype:
-        return DTYPES[self.run.dtype]
+        import torch
+
+        return getattr(torch, self.run.dtype)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, as YAML and JSON take them."""
@@ -681,3 +690,14 @@ def check_inputs(config: RunConfig) -> None:
         )
     if faults:
         raise ValueError("; ".join(faults))
+
+
+def load_checked(path: str | Path, overrides: Sequence[str], world_size: int) -> tuple[RunConfig, RunConfig]:
+    """(the configuration as it was asked for, the same with the layout that fits), of which every rule holds.
+
+    Raises ValueError as `load_config`, `fit` and `check_inputs` do.
+    """
+    asked = load_config(path, overrides)
+    config = fit(asked, world_size)
+    check_inputs(config)
+    return asked, config

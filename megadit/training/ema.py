@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
-from megadit.zero import Engine, Fragment
-
-
-@dataclass(frozen=True)
-class EmaConfig:
-    """`decay` is reached gradually: early on the average forgets its start faster."""
-
-    decay: float = 0.999
+from megadit.training.config import EmaConfig
+from megadit.zero.groups import Engine, Fragment
 
 
 class Ema:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from megadit.zero import OptimConfig
+from megadit.zero.config import OptimConfig
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

@@ -6,12 +6,14 @@ import dataclasses
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from megadit.runtime.lines import LineFile, read_lines
-from megadit.training.step import StepReport
+
+if TYPE_CHECKING:
+    from megadit.training.step import StepReport
 
 logger = logging.getLogger("megadit")
 

@@ -16,30 +16,29 @@ from megadit.data.stored import StoredCaptions
 from megadit.diffusion.sampler import Progress
 from megadit.encoders.condition import Captions, Condition, FrozenCaptions, Labels, Told
 from megadit.encoders.tokenizer import Tokenizer
-from megadit.parallel.grid import Grid, Layout, ParallelConfig
+from megadit.parallel.grid import Grid
+from megadit.parallel.layout import Layout, ParallelConfig
 from megadit.parallel.pipeline.schedule import Pipeline
 from megadit.runtime.agreement import of_main, together
 from megadit.runtime.launch import Process
-from megadit.sampling.generate import SampleConfig, generate
+from megadit.sampling.config import SampleConfig
+from megadit.sampling.generate import generate
 from megadit.sampling.prompts import check_prompts
 from megadit.sampling.share import Round, rounds_of
 from megadit.training.build import TOKENIZER_FILE, build_pipeline, build_stages, named_parameters
 from megadit.training.config import (
     CONFIG_FILE,
     RunConfig,
-    check,
-    check_inputs,
     check_sizes,
     images_per_group,
-    load_config,
     sampling_of,
 )
+from megadit.training.drawn import PICTURES_PER_CALL, read_drawn
 from megadit.training.encoded import open_mixture, open_text_encoders
 from megadit.training.state import logical_tensor
 
 logger = logging.getLogger("megadit")
 
-PICTURES_PER_CALL = 16  # of a rank, unless it is said; guidance doubles what the network sees
 WARNINGS_SHOWN = 10
 
 
@@ -247,21 +246,6 @@ def open_sampler(
     return Sampler(config, grid, build_pipeline(config, stages, grid, process.device), condition, step)
 
 
-def read_drawn(
-    directory: Path,
-    world_size: int,
-    parallel: ParallelConfig | None = None,
-    sample: Mapping[str, Any] | None = None,
-) -> RunConfig:
-    """The configuration of a run's folder, made one of drawing; arguments and errors as of `open_sampler`."""
-    trained = load_config(directory / CONFIG_FILE)
-    trained = replace(trained, sample=replace(trained.sample, **sample or {}))
-    config = as_drawn(trained, world_size, parallel or ParallelConfig())
-    check_inputs(config)
-    check(config, world_size)
-    return config
-
-
 def newest_checkpoint(directory: Path) -> Path:
     """Of a run's folder. Raises ValueError where none is complete."""
     path = checkpoint.latest(directory / "checkpoints")
@@ -296,24 +280,6 @@ def load_averages(path: Path, named: Sequence[tuple[str, nn.Parameter]], grid: G
     for flat, (_, parameter) in zip(flats, named, strict=True):
         if flat.dtype != parameter.dtype:
             parameter.copy_(flat.view_as(parameter))
-
-
-def as_drawn(trained: RunConfig, world_size: int, parallel: ParallelConfig) -> RunConfig:
-    """The configuration of a training, made one of drawing on another layout.
-
-    What has a meaning backward alone does not stand in the way of a layout.
-    """
-    model = trained.model
-    # Without a capacity images do not compete: a group as large as a training's batch would be work for nothing.
-    apart = model.routing == "token_choice" and model.dropless
-    group = 1 if apart else images_per_group(trained)
-    # The batch of training has no other meaning here; any that fits the layout will do.
-    data = replace(trained.data, global_batch=world_size * group, micro_batch=group, verify=False)
-    model, objective = replace(model, routing_group=group), replace(trained.objective, keep_tokens=1.0)
-    # zbv splits the backward pass, which goes with none of these; there is none.
-    run = replace(trained.run, recompute="none", compile=trained.run.compile and parallel.schedule != "zbv")
-    zero = replace(trained.zero, stage=min(trained.zero.stage, 1))
-    return replace(trained, run=run, zero=zero, model=model, objective=objective, data=data, parallel=parallel)
 
 
 def open_condition(config: RunConfig, directory: Path, device: torch.device, online: bool = False) -> Condition:

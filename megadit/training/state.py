@@ -11,7 +11,7 @@ from megadit.checkpoint import LogicalTensor, Piece, flat_range_boxes
 from megadit.parallel.grid import Grid
 from megadit.parallel.placement import placement_of
 from megadit.training.ema import Ema
-from megadit.zero import Engine, Fragment, NamedParameters
+from megadit.zero.groups import Engine, Fragment, NamedParameters
 
 
 def logical_state(

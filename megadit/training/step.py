@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from megadit.data.batch import Batch
-from megadit.diffusion.objective import corrupt, kept_tokens
-from megadit.diffusion.timesteps import logit_normal, shift_of
+from megadit.diffusion.config import kept_tokens, shift_of
+from megadit.diffusion.objective import corrupt
+from megadit.diffusion.timesteps import logit_normal
 from megadit.model.embed import kept, patchify
 from megadit.runtime.agreement import gathered
 from megadit.runtime.seed import stream

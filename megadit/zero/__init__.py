@@ -1,17 +1,20 @@
 """The optimizer behind one protocol: `zero.stage=0` is plain and exact, 1 and 2 are DeepSpeed's.
 
-DeepSpeed is imported only when it is asked for: it takes seconds.
+Engines are imported when one is created: the configuration is readable before torch, and DeepSpeed takes seconds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from megadit.parallel.grid import Grid
-from megadit.zero.groups import Engine, Fragment, NamedParameters, OptimConfig, Update, ZeroConfig
-from megadit.zero.reference import ReferenceEngine
+from megadit.zero.config import OptimConfig, ZeroConfig
 
-__all__ = ["Engine", "Fragment", "NamedParameters", "OptimConfig", "Update", "ZeroConfig", "create_engine"]
+if TYPE_CHECKING:
+    from megadit.parallel.grid import Grid
+    from megadit.zero.groups import Engine, NamedParameters
+
+__all__ = ["OptimConfig", "ZeroConfig", "create_engine"]
 
 
 def create_engine(
@@ -19,6 +22,8 @@ def create_engine(
 ) -> Engine:
     """The engine of a ZeRO stage over this rank's parameters. Collective."""
     if stage == 0:
+        from megadit.zero.reference import ReferenceEngine
+
         return ReferenceEngine(named, grid, config, decays)
     from megadit.zero.engine import ZeroEngine
 

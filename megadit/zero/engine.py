@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from megadit.parallel.grid import Grid
 from megadit.parallel.placement import placement_of
+from megadit.zero.config import OptimConfig
 from megadit.zero.groups import (
     MAX_BUCKET,
     Fragment,
     NamedParameters,
-    OptimConfig,
     Update,
     all_finite,
     global_norm,

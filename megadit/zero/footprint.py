@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 
-from megadit.parallel.grid import Layout
+from megadit.parallel.layout import Layout
 from megadit.parallel.placement import placement_of
 from megadit.zero.groups import MAX_BUCKET, NamedParameters, in_groups
 

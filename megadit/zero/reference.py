@@ -9,10 +9,10 @@ from torch import Tensor
 
 from megadit.parallel.grid import Grid
 from megadit.parallel.placement import placement_of
+from megadit.zero.config import OptimConfig
 from megadit.zero.groups import (
     Fragment,
     NamedParameters,
-    OptimConfig,
     Update,
     all_finite,
     all_reduce_gradients,

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from megadit.parallel.grid import Grid
 from megadit.parallel.placement import placement_of
+from megadit.zero.config import OptimConfig
 from megadit.zero.footprint import Fill, LocalParameter, Range, Sending, ZeroState, local_parameters
 from megadit.zero.groups import (
     MAX_BUCKET,
     Fragment,
     NamedParameters,
-    OptimConfig,
     Update,
     global_norm,
     read_update,

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from megadit.diffusion.timesteps import logit_normal, sampling_times, shift_of, shift_time
+from megadit.diffusion.config import shift_of
+from megadit.diffusion.timesteps import logit_normal, sampling_times, shift_time
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])

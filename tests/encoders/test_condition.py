@@ -114,7 +114,7 @@ def test_training_needs_neither_diffusers_nor_transformers():
     """They would cost seconds at every start, and a machine that trains need not have them."""
     code = """
 import sys
-import megadit.encoders.autoencoder, megadit.encoders.condition, megadit.train
+import megadit.encoders.autoencoder, megadit.encoders.condition, megadit.training.start
 print([name for name in ("diffusers", "transformers", "tokenizers", "huggingface_hub") if name in sys.modules])
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -13,7 +13,7 @@ from PIL import Image
 from megadit.evaluation import drawing, geneval
 from megadit.evaluation.geneval_check import check_folder
 from megadit.evaluation.painter import Painter
-from megadit.parallel.grid import ParallelConfig
+from megadit.parallel.layout import ParallelConfig
 from megadit.runtime.launch import Process
 from megadit.sampling.picture import to_bytes
 from megadit.training.config import RunConfig

@@ -10,7 +10,7 @@ import torch
 from megadit.data.encoded import EncodedLoader
 from megadit.data.loader import open_dataset
 from megadit.data.stored import StoredCaptions
-from megadit.diffusion.objective import ObjectiveConfig
+from megadit.diffusion.config import ObjectiveConfig
 from megadit.diffusion.timesteps import logit_normal
 from megadit.encoders.condition import Captions, Labels
 from megadit.evaluation.heldout import (
@@ -24,7 +24,7 @@ from megadit.evaluation.heldout import (
     to_dict,
 )
 from megadit.evaluation.heldout_split import heldout_prompts, open_share
-from megadit.parallel.grid import ParallelConfig
+from megadit.parallel.layout import ParallelConfig
 from megadit.runtime.launch import Process
 from megadit.training.config import load_config
 from megadit.training.encoded import open_mixture

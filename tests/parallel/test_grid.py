@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from megadit.parallel.grid import AXES, UNIONS, Grid, Layout, ParallelConfig
+from megadit.parallel.grid import AXES, UNIONS, Grid, Layout
+from megadit.parallel.layout import ParallelConfig
 from tests.parallel.places import Place, coordinates, layouts_of, name_of
 from tests.ranks import run_ranks
 

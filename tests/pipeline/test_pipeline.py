@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import megadit
-from megadit.parallel.grid import ParallelConfig
+from megadit.parallel.layout import ParallelConfig
 from megadit.pipeline import ECDiTPipeline
 from megadit.runtime.launch import Process
 from megadit.sampling.generate import NotFinite, SampleConfig, noise_of

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import pytest
 
-from megadit.parallel.grid import ParallelConfig
+from megadit.parallel.layout import ParallelConfig
 from megadit.sampling import options
 from megadit.sampling.generate import SampleConfig
 

@@ -285,7 +285,7 @@ WITHOUT = """
 import sys
 sys.modules["diffusers"] = None
 import torch
-from megadit.sampling.solvers import SAMPLERS, check_installed
+from megadit.sampling.solvers import SAMPLERS
 times = torch.linspace(1, 0, 3)
 print(SAMPLERS["heun"](lambda x, t: x, torch.ones(1, 1, 1, 1), times).item())
 for refused in (lambda: SAMPLERS["unipc"](lambda x, t: x, torch.ones(1, 1, 1, 1), times),):

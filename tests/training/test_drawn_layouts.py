@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from megadit.encoders.condition import Labels
-from megadit.parallel.grid import ParallelConfig
+from megadit.parallel.layout import ParallelConfig
 from megadit.runtime.launch import Process
 from megadit.sampling.generate import SampleConfig
 from megadit.sampling.picture import to_bytes
 from megadit.training.build import named_parameters
 from megadit.training.config import check, load_config
-from megadit.training.restore import as_drawn, open_sampler
+from megadit.training.drawn import as_drawn
+from megadit.training.restore import open_sampler
 from tests.ranks import run_ranks, train_on
 
 CONFIG = "tests/configs/tiny.yaml"

@@ -9,15 +9,16 @@ import torch
 
 from megadit import checkpoint
 from megadit.data.loader import open_dataset
-from megadit.parallel.grid import ParallelConfig
+from megadit.parallel.layout import ParallelConfig
 from megadit.runtime.launch import Process
 from megadit.sampling.generate import SampleConfig, noise_of
 from megadit.training.build import named_parameters
 from megadit.training.config import check, images_per_group, load_config
+from megadit.training.drawn import as_drawn
 from megadit.training.evaluate import sample_pictures
 from megadit.training.loop import prepare_directory, save
 from megadit.training.progress import Progress
-from megadit.training.restore import as_drawn, open_condition, open_sampler
+from megadit.training.restore import open_condition, open_sampler
 from megadit.training.state import logical_state
 from tests.ranks import run_ranks
 from tests.training.assembled import CONFIG, after, assembled, train_alone

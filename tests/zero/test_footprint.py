@@ -13,8 +13,9 @@ from megadit.parallel.grid import Grid, Layout
 from megadit.parallel.placement import Cut, Placement, placed
 from megadit.planning.schedule import Program
 from megadit.planning.simulation import fake_world
-from megadit.zero import OptimConfig, ReferenceEngine, engine
+from megadit.zero import OptimConfig, engine
 from megadit.zero.footprint import WholeState, ZeroState, local_parameters, state_of
+from megadit.zero.reference import ReferenceEngine
 from megadit.zero.simulated import SimulatedZero
 from tests.ranks import run_ranks
 from tests.zero.live import Live, storage_bytes

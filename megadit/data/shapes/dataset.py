@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megadit.data.config import Shape, Task
 from megadit.data.shapes.captions import TEMPLATES, caption_of
 from megadit.data.shapes.drawing import draw
-from megadit.data.shapes.scene import SHAPES, TASKS, Scene, Shape, Split, Task, requests_with, scene
+from megadit.data.shapes.scene import SHAPES, TASKS, Scene, Split, requests_with, scene
 
 HELDOUT = 600  # scenes of the held-out split
 SMALLEST = 32  # side in pixels: below it shapes cannot be told apart

@@ -13,10 +13,9 @@ from typing import Literal, NamedTuple, TypeVar, get_args
 
 import torch
 
+from megadit.data.config import Shape, Task
 from megadit.runtime.seed import stream
 
-Task = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]  # by GenEval's names
-Shape = Literal["circle", "square", "triangle", "cross", "ring", "diamond"]
 Relation = Literal["left of", "right of", "above", "below"]
 Split = Literal["train", "heldout"]
 

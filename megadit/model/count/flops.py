@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megadit.model.config import ECDiTConfig
+from megadit.model.config import ECDiTConfig, TextConfig
 from megadit.model.ecdit import Recompute
 from megadit.model.embed import MODULATION_OUTPUTS, TIME_FREQUENCIES
-from megadit.model.text import TextConfig
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ from dataclasses import dataclass, fields
 from math import prod
 from typing import NamedTuple
 
-from megadit.model.config import PAPER_SIZES, PRESETS, ECDiTConfig
+from megadit.model.config import PAPER_SIZES, PRESETS, ECDiTConfig, TextConfig
 from megadit.model.embed import MODULATION_OUTPUTS, TIME_FREQUENCIES
-from megadit.model.text import TextConfig
 from megadit.model.weights import decays
 
 # The part that a parameter belongs to: that of the first fragment that its name holds.
