@@ -21,6 +21,7 @@ from megadit.training.config import load_config
 from megadit.training.metrics import METRICS_FILE, read_metrics
 from tests.conversion.made import CONFIG, files_in, make_run, read_config, silent
 from tests.ranks import train_on
+from tests.tiers import slow_but
 
 DENSE = ["model.experts=0"]
 SURE = ["model.experts=4", "model.capacity_factor=4"]  # softmax over experts that all take all
@@ -204,7 +205,7 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("state", slow_but({"float64"}, STATES))
 def test_training_goes_on_from_the_step_on_other_ranks(state, tmp_path):
     command = ["--config", CONFIG, *STATES[state], *DENSE]
     assert [status for status, _ in train_on(1, *command, f"run.dir={tmp_path / 'dense'}", "run.steps=4")] == [0]
@@ -220,6 +221,7 @@ def test_training_goes_on_from_the_step_on_other_ranks(state, tmp_path):
     assert moe[0]["loss"] == pytest.approx(dense[4]["loss"], rel=1e-9 if state == "float64" else 2e-2)
 
 
+@pytest.mark.slow
 def test_twenty_steps_start_where_the_dense_model_stood_and_lower_the_held_out_loss(tmp_path):
     """The digits example, under ZeRO-1 in float32."""
     digits = ["--config", "examples/configs/digits_dense.yaml", "log.evaluate_every=20", "log.sample_every=0"]

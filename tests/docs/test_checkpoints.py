@@ -32,6 +32,7 @@ def test_every_tool_has_an_example():
     assert shown == SUBCOMMANDS
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page_work_in_their_order(folder):
     """Later ones build on what earlier ones wrote."""
     for command in COMMANDS:

@@ -7,6 +7,8 @@ from PIL import Image
 
 from tests.docs.page import commands, run, working_folder
 
+pytestmark = pytest.mark.slow
+
 COMMANDS = commands("data.md")
 
 

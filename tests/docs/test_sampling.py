@@ -10,6 +10,8 @@ from PIL import Image
 
 from tests.docs.page import ROOT, commands, run, working_folder
 
+pytestmark = pytest.mark.slow
+
 COMMANDS = commands("sampling.md")
 
 

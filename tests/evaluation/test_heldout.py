@@ -32,6 +32,7 @@ from megadit.training.restore import open_sampler
 from tests.conversion.made import make_run
 from tests.data.encoded_sets import write_set
 from tests.ranks import run_ranks, train_on
+from tests.tiers import slow_but
 from tests.training.test_encoded import SHARDS, SIZES
 
 BINS = 3
@@ -70,7 +71,7 @@ def oracles(trained):
 
 
 @pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_but({"tensor2 x expert2"}, LAYOUTS))
 def test_every_layout_has_the_losses_of_one_process(layout, name, trained, oracles):
     world_size, parallel = LAYOUTS[layout]
     for losses in run_ranks(losses_of, world_size, trained / name, parallel, 8):

@@ -343,6 +343,7 @@ def without_policy(page):
     return changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["every", "three"])
 def test_a_browser_lays_out_every_plot(browser, pages, name):
     seen = probe(browser, without_policy(pages[name]), "--window-size=1100,900")

@@ -10,6 +10,8 @@ from megadit.training.events import EVENTS_FILE
 from tests.launch.environment import need_programs
 from tests.launch.hosts import PROGRAMS, SSH_PROGRAMS, Network, start_ssh
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 300  # seconds
 
 

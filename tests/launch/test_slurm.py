@@ -18,6 +18,8 @@ from tests.launch.environment import environ, need_programs
 from tests.launch.slurm import NODES, PROGRAMS, Cluster
 from tools.tiny_encoders import make_autoencoder
 
+pytestmark = pytest.mark.slow
+
 TRAIN = "examples/slurm/train.sbatch"
 FOUR_TASKS = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1"]
 ONE_TASK = ["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]

@@ -20,6 +20,7 @@ from megadit.model.count import (
     stage_costs,
 )
 from megadit.model.ecdit import ECDiT, whole_model
+from tests.tiers import slow_but
 
 # The counter knows the fused attention of GPUs, and its two formulas hold for that of a CPU too.
 aten = torch.ops.aten
@@ -73,6 +74,7 @@ CASES = {
     "biases_of_ragged_experts": {"bias": True, "routing": "token_choice", "dropless": True},
     **{preset: preset_of(preset) for preset in ROUTING_PRESETS},
 }
+QUICK = ("experts", "dense", "shared_experts", "token_choice", "dropless", "groups", "adaln_single", "nucleus")
 
 
 @pytest.fixture
@@ -128,7 +130,7 @@ def images_of(config):
     return config.routing_group if isinstance(config.routing_group, int) else 1
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(QUICK, CASES))
 def test_forward_flops_are_what_torch_counts(count, config, text, case):
     config = replace(config, **CASES[case])
     images = 2 * images_of(config)
@@ -201,7 +203,7 @@ def test_a_training_step_takes_three_forwards_but_for_the_inputs_gradients(count
     assert sum(count(config)) == 3 * forward_flops(config, text) - unneeded
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(QUICK, CASES))
 def test_both_passes_are_what_torch_counts(count, config, text, case):
     pooled = 0 if "per_layer" in case else 24
     config, text = replace(config, **CASES[case]), replace(text, kind="precomputed", channels=40, pooled=pooled)
@@ -219,6 +221,7 @@ def test_both_passes_of_other_captions_are_what_torch_counts(count, config, text
     assert (ours.forward, ours.backward + ours.again) == count(config, text=text, fused=fused)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"modulation": "shared"}, {"embedders": "per_layer"}], ids=str)
 @pytest.mark.parametrize("layers", [range(1), range(2), range(1, 2), range(2, 3), range(3, 4)], ids=str)
 def test_both_passes_of_a_stage_are_what_torch_counts(count, config, text, layers, changes):

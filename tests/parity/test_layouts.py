@@ -10,7 +10,7 @@ from functools import cache
 import pytest
 
 from megadit.training.config import load_config
-from tests.parity.cases import ENGINES, FAST, SEEDS, covering, exhaustive, uneven
+from tests.parity.cases import ENGINES, QUICK, SEEDS, SLOW, covering, exhaustive, uneven
 from tests.parity.compared import assert_small, errors
 from tests.parity.training import CONFIG, oracle, result_of
 
@@ -30,8 +30,8 @@ def one_process(model_overrides, first_seed):
     return seed, result
 
 
-DRILLS = [case for case in dict.fromkeys((*exhaustive(4), *covering(8), *uneven())) if case not in FAST]
-CASES = {case: [] for case in FAST} | {case: [pytest.mark.drill] for case in DRILLS}
+DRILLS = dict.fromkeys((*exhaustive(4), *covering(8), *uneven()), [pytest.mark.drill])
+CASES = DRILLS | dict.fromkeys(SLOW, [pytest.mark.slow]) | dict.fromkeys(QUICK, [])
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=str(case), marks=marks) for case, marks in CASES.items()])

@@ -39,7 +39,7 @@ DRILLS = {
     "adaln_single": (Case(Layout(2, 2, 1, 1), "zbv", sequence=True, model="adaln_single"), ()),
     "all": (Case(Layout(2, 2, 2, 1), sequence=True), ()),
 }
-CASES = {name: [] for name in FAST} | {name: [pytest.mark.drill] for name in DRILLS}
+CASES = dict.fromkeys(FAST, []) | dict.fromkeys(DRILLS, [pytest.mark.drill])
 
 
 @cache
@@ -82,6 +82,7 @@ def stages_of(run):
     return [stages for _, stages in run.pipeline._schedules.values()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
 def test_a_pipeline_holds_the_buffers_of_one_size(schedule):
     overrides = ("parallel.pipeline=2", f"parallel.schedule={schedule}", "data.micro_batch=4")

@@ -19,8 +19,10 @@ from megadit.planning.simulation import fake_world
 from megadit.planning.summary import to_dict
 from megadit.training.config import RunConfig, check, load_config
 from tests.parity.cases import MODELS, SHAPES, layouts_of
+from tests.tiers import slow_but
 
 CONFIGS = sorted(Path("examples/configs").glob("*.yaml"))
+SMALL = [path for path in CONFIGS if path.stem in ("digits", "digits_class", "ec_dit_s_8e")]
 PARITY = "tests/configs/parity.yaml"
 EXACT = ("weights", "masters", "moments", "ema", "gradients", "buffers")
 NEAR = 0.03  # of activations
@@ -52,7 +54,7 @@ def worlds_of(path: Path) -> int:
     return int(header.removeprefix("# Cluster: ").split()[0].rstrip(","))
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", slow_but(SMALL, CONFIGS), ids=lambda path: path.stem)
 def test_every_example_is_dry_run_as_planned(path):
     config, world_size = load_config(path), worlds_of(path)
     plan = planned(config, world_size)
@@ -91,7 +93,7 @@ NETWORK_LAYOUTS = {
 WIDE = ("model.width=64", "model.head_width=8", "model.image_size=16", "model.channels=4", "data.global_batch=32")
 
 
-@pytest.mark.parametrize("layout", NETWORK_LAYOUTS)
+@pytest.mark.parametrize("layout", slow_but({"tensor_pipeline"}, NETWORK_LAYOUTS))
 @pytest.mark.parametrize("network", NETWORKS)
 def test_another_network_is_dry_run_as_planned(network, layout):
     world_size, overrides = NETWORK_LAYOUTS[layout]
@@ -130,7 +132,14 @@ def random_overrides(seed: int) -> tuple[int, tuple[str, ...]]:
         return layout.world_size, overrides
 
 
-@pytest.mark.parametrize("seed", [pytest.param(s, marks=[pytest.mark.drill] if s >= 10 else []) for s in range(30)])
+@pytest.mark.parametrize(
+    "seed",
+    [
+        *range(3),
+        *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 10)),
+        *(pytest.param(seed, marks=pytest.mark.drill) for seed in range(10, 30)),
+    ],
+)
 def test_a_random_layout_is_dry_run_as_planned(seed):
     world_size, overrides = random_overrides(seed)
     config = load_config(PARITY, overrides)

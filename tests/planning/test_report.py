@@ -345,6 +345,7 @@ def test_a_browser_lays_out_every_plot(browser, pages):
             assert top - 1 <= y and y + high <= top + height + 1
 
 
+@pytest.mark.slow
 def test_a_browser_paints_every_plot(browser, pages, tmp_path):
     """Where a mark is, the screenshot has its colour."""
     window = "--window-size=1100,8000"

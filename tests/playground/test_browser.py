@@ -12,6 +12,8 @@ from playwright.sync_api import expect, sync_playwright
 from tests.page.browser import BROWSERS
 from tests.playground.opened import opened, overlay, pipeline_of, pixels
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a handwritten seven"
 PIXELS = """image => {
   const canvas = document.createElement("canvas");

@@ -14,6 +14,7 @@ from megadit.sampling.routing import Trace, check_branch, recorded
 from megadit.training.config import images_per_group
 from tests.ranks import run_ranks
 from tests.sampling.test_generate import NUMBERS, PROMPTS, assembled
+from tests.tiers import slow_but
 
 LAYOUTS = {
     "tensor2": (2, ["parallel.tensor=2"]),
@@ -147,7 +148,7 @@ def recorded_drawing(rank, world_size, overrides, settings, drawings=1):
 SETTINGS = SampleConfig("heun", steps=2, guidance=2.0)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", slow_but({"captions", "dropless"}, MODELS))
 def test_every_layout_records_what_one_process_does(model):
     ((alone, _),) = run_ranks(recorded_drawing, 1, MODELS[model], SETTINGS)
     assert alone["conditional_NLBT"].shape == (3, 2, 4 if model == "pairs" else 3, 16)

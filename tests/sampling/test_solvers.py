@@ -109,6 +109,7 @@ def test_the_error_falls_with_the_order(name, between, reference):
     assert found == pytest.approx(order, abs=0.25 if long_steps else 0.06)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler", "order"),
     [(SAMPLERS["dpm++"], 2), (SAMPLERS["unipc"], 3), (partial(solved, partial(make_unipc, 3)), 4)],
@@ -271,6 +272,7 @@ def smooth_branches(x, timesteps):
     return torch.cat([SMOOTH_TOLD(x_1, t_1), SMOOTH_UNTOLD(x_2, t_2)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2), ("dpm++", 2), ("unipc", 2)])
 def test_guidance_keeps_the_order(name, order):
     velocity = guided(SMOOTH_TOLD, smooth_branches, Guidance(2.0))

@@ -207,6 +207,7 @@ def test_bad_input_is_refused_before_anything_is_measured(tool, capsys, monkeypa
     assert capsys.readouterr().err.startswith(f"calibrate: {message}")
 
 
+@pytest.mark.slow
 def test_a_training_that_fails_says_why(tool, capsys, monkeypatch):
     monkeypatch.setattr(tool, "JUDGED", (tool.Case("odd", 1, 97),))
     assert tool.main(["--judge", "h100", "--rounds", "1"]) == 2

@@ -347,6 +347,7 @@ def peak_memory(folder, commands):
     return 1024 * int(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory as Linux tells it")
 @pytest.mark.parametrize("what", COMPARED)
 def test_memory_does_not_grow_with_the_number_of_layers_or_experts(what, tmp_path):

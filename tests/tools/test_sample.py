@@ -148,6 +148,7 @@ def test_a_folder_has_a_png_for_each_picture_and_says_what_it_is(alone):
     assert all((cell == picture).all() for cell, picture in zip(grid, drawn, strict=True))
 
 
+@pytest.mark.slow
 def test_four_processes_of_torchrun_draw_the_pictures_of_one(learned, alone, tmp_path):
     folder = tmp_path / "four"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", TOOL, learned]

@@ -1,6 +1,5 @@
 """Bad input: one clear message from one rank, exit status 2, nothing written."""
 
-
 import numpy as np
 import pytest
 

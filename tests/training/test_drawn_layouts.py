@@ -19,6 +19,7 @@ from megadit.training.config import check, load_config
 from megadit.training.drawn import as_drawn
 from megadit.training.restore import open_sampler
 from tests.ranks import run_ranks, train_on
+from tests.tiers import slow_but
 
 CONFIG = "tests/configs/tiny.yaml"
 STEPS = 60
@@ -34,6 +35,7 @@ LAYOUTS = {
     "data4": (4, ParallelConfig()),
     "data3": (3, ParallelConfig()),
 }
+QUICK = ("tensor2_sequence", "pipeline2_interleaved_data2", "data3")
 SETTINGS = SampleConfig("heun", steps=4, guidance=3.0, shift=2.0)
 CAPTIONS = [f"{words} {digit}" for words in ("a handwritten", "the number") for digit in range(8)]
 NUMBERS = ["7", "3", "9", "0", "5"]
@@ -108,7 +110,7 @@ def levels(pictures):
     return to_bytes(torch.from_numpy(pictures)).numpy().astype(int)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_but(QUICK, LAYOUTS))
 def test_every_layout_draws_the_pictures_of_one_process(layout, trained, alone):
     world_size, parallel = LAYOUTS[layout]
     of_ranks = draw_in_layout(trained, world_size, parallel)

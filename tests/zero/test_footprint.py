@@ -18,6 +18,7 @@ from megadit.zero.footprint import WholeState, ZeroState, local_parameters, stat
 from megadit.zero.reference import ReferenceEngine
 from megadit.zero.simulated import SimulatedZero
 from tests.ranks import run_ranks
+from tests.tiers import slow_but
 from tests.zero.live import Live, storage_bytes
 from tests.zero.runs import backward, fresh, rate
 
@@ -164,7 +165,7 @@ def check(case):
             assert calls[1:] == expected_calls[1:], kind
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_but({"interleaved", "small_buckets"}, LAYOUTS))
 def test_real_runs_hold_and_send_what_was_reckoned(layout):
     check(LAYOUTS[layout])
 
