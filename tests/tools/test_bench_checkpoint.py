@@ -21,6 +21,7 @@ def tool():
     del sys.modules["bench_checkpoint"]
 
 
+@pytest.mark.slow
 def test_two_ranks_are_measured_and_nothing_is_left(tmp_path):
     folder, out = tmp_path / "disk", tmp_path / "out.json"
     folder.mkdir()

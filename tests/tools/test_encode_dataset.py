@@ -88,6 +88,7 @@ def test_latents_and_states_are_those_of_diffusers_and_transformers(made):
     assert [each["kind"] for each in manifest.text] == ["t5", "clip"]
 
 
+@pytest.mark.slow
 def test_torchrun_makes_the_same_bytes_and_verify_reads_them(made, tmp_path):
     argv = [made / "a.tar", "--autoencoder", "pixels", "--resolution", 64, "--unit", 2]
     ((status, output, errors),) = tool_on(1, *argv, "--out", tmp_path / "alone", with_stand_ins=False)

@@ -128,6 +128,7 @@ def test_steps_without_guidance_have_no_maps_of_the_other_branch(trained, tmp_pa
     assert "drawing:" not in done.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_numbers(trained, drawn, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, "tools/heatmap.py", trained, "a handwritten seven", "--steps", 3, "--pipeline", 2]

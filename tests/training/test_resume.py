@@ -7,6 +7,7 @@ import pytest
 from megadit.checkpoint import latest, load_tensors
 from megadit.training.metrics import METRICS_FILE, read_metrics
 from tests.ranks import train_and_kill, train_on
+from tests.tiers import slow_but
 
 LAYOUTS = {
     "one_oracle": (1, ["zero.stage=0"]),
@@ -23,7 +24,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_but({"pipeline2_data2"}, LAYOUTS))
 def test_killed_after_step_13_it_repeats_the_uninterrupted_losses(layout, tmp_path):
     world_size, overrides = LAYOUTS[layout]
     command = ["--config", "tests/configs/tiny.yaml", "run.steps=20", "checkpoint.every=10", *overrides]

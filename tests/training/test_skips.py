@@ -13,6 +13,7 @@ from megadit.training.progress import Progress
 from megadit.training.state import logical_state
 from megadit.training.step import train_step
 from tests.ranks import run_ranks
+from tests.tiers import slow_but
 from tests.training.assembled import assembled, train_alone
 
 ENGINES = {
@@ -78,7 +79,7 @@ LAYOUTS = {
 CASES = [("data2", engine) for engine in ENGINES] + [(layout, "zero1") for layout in LAYOUTS if layout != "data2"]
 
 
-@pytest.mark.parametrize(("layout", "engine"), CASES)
+@pytest.mark.parametrize(("layout", "engine"), slow_but(CASES[:2] + CASES[-1:], CASES))
 def test_a_spoilt_step_changes_no_bit_and_names_its_rank_and_samples(layout, engine):
     world_size, overrides = LAYOUTS[layout]
     spoiler = world_size - 1
@@ -112,7 +113,7 @@ def told(folder, kind):
     return [line for line in lines if line["event"] == kind]
 
 
-@pytest.mark.parametrize("engine", ["oracle", "zero1"])
+@pytest.mark.parametrize("engine", slow_but(["zero1"], ["oracle", "zero1"]))
 def test_a_run_with_a_spoilt_step_goes_on_bit_for_bit(engine, tmp_path):
     """Adam's count of updates is not the number of steps: the checkpoint knows both."""
     for name, lives in {"straight": [6], "restarted": [4, 6]}.items():
