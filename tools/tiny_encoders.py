@@ -16,8 +16,11 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from megadit.runtime.tool import refuse_early
 
 
 def arguments() -> argparse.Namespace:
@@ -28,7 +31,7 @@ def arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":  # before the imports below, which take seconds
-    arguments()
+    refuse_early("tiny_encoders", partial(arguments().folder.mkdir, parents=True, exist_ok=True))
 
 import sentencepiece
 import torch
