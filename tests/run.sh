@@ -46,6 +46,7 @@ set_up() {
     # shellcheck source=examples/setup.sh
     REQUIREMENTS=requirements-test.txt source examples/setup.sh
     export OMP_NUM_THREADS=1 # the ranks of a test share the cores
+    unset PYTHONDONTWRITEBYTECODE # each interpreter that a test starts would compile the package again
     if [[ $(python -c 'import torch; print(torch.cuda.is_available())') == False ]]; then
         export DS_ACCELERATOR=cpu
     fi
