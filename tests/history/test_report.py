@@ -356,6 +356,7 @@ def test_a_browser_lays_out_every_plot(browser, pages, name):
             assert top - 1.5 <= y and y + high <= top + height + 1.5
 
 
+@pytest.mark.slow
 def test_a_narrow_dark_window(browser, pages):
     """Wide plots and tables scroll by themselves; the page does not."""
     dark = ("--window-size=500,900", "--blink-settings=preferredColorScheme=0")
@@ -364,6 +365,7 @@ def test_a_narrow_dark_window(browser, pages):
     assert seen["background"] == "rgb(13, 13, 13)"
 
 
+@pytest.mark.slow
 def test_the_script_reads_numbers_off_the_curves_and_the_policy_lets_it_run(browser, stories, pages):
     """A pointer over the first plot; then the page as it is, which complains of nothing but a foreign script."""
     step, value = 50, stories["every"].curve("loss").values[49]
@@ -384,6 +386,7 @@ def test_the_script_reads_numbers_off_the_curves_and_the_policy_lets_it_run(brow
     assert len(complaints) == 1 and "Content Security Policy" in complaints[0]
 
 
+@pytest.mark.slow
 def test_a_browser_paints_the_curves(browser, pages, tmp_path):
     light = ("--window-size=1100,2500", "--blink-settings=preferredColorScheme=1")
     browser(pages["three"], *light, f"--screenshot={tmp_path / 'page.png'}")

@@ -5,6 +5,7 @@ from functools import cache
 import pytest
 
 from tests.parity.training import result_of
+from tests.tiers import slow_but
 
 WAYS = {
     "capacity": ["model.capacity_factor=1", "model.normalise_gates=true"],
@@ -41,7 +42,7 @@ def test_the_balance_loss_is_most_of_what_moves_a_router_here(way):
             assert (balanced[name] - without[name]).norm() > 3 * without[name].norm(), name
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_but({"ep2_tp2_sequence", "dp2_pp2"}, LAYOUTS))
 @pytest.mark.parametrize("way", WAYS)
 def test_its_gradient_is_one_processs(layout, way):
     world_size, overrides = LAYOUTS[layout]

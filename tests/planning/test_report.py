@@ -331,6 +331,7 @@ def browser(tmp_path_factory):
     return Browser(tmp_path_factory.mktemp("browser"))
 
 
+@pytest.mark.slow
 def test_a_browser_lays_out_every_plot(browser, pages):
     seen = probe(browser, pages["search"], "--window-size=1100,900")
     assert seen["loaded"] == 0
@@ -366,6 +367,7 @@ def test_a_browser_paints_every_plot(browser, pages, tmp_path):
     assert len(colours) > 50
 
 
+@pytest.mark.slow
 def test_a_narrow_dark_window(browser, pages):
     """Wide plots and tables scroll by themselves; the page does not."""
     seen = probe(browser, pages["search"], "--window-size=500,900", "--blink-settings=preferredColorScheme=0")

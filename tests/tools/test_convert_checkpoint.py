@@ -85,6 +85,7 @@ def test_inspect_prints_json_or_a_table(convert, run):
     assert "step 3" in out
 
 
+@pytest.mark.slow
 def test_output_that_nobody_reads_on_is_no_error(run):
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {sys.executable} {TOOL} inspect {run} --json | head -c 10"],

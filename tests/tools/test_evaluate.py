@@ -22,6 +22,7 @@ from tests.commands import run_python
 from tests.evaluation.judges import make_clip, make_dinov2
 from tests.evaluation.test_geneval import LINES, write_results
 from tests.ranks import run_ranks, train_on
+from tests.tiers import slow_but
 from tools import evaluate as tool
 
 CPU = torch.device("cpu")
@@ -118,7 +119,7 @@ def test_fid_of_few_images_warns(sets, judges, tmp_path, monkeypatch):
     assert warning.startswith("5 drawn images are fewer than the 32 features")
 
 
-@pytest.mark.parametrize("conditioning", ["text", "class"])
+@pytest.mark.parametrize("conditioning", slow_but(["text"], ["text", "class"]))
 def test_fid_of_a_run_is_alike_at_one_rank_and_several(conditioning, trained, judges, tmp_path):
     run = trained / conditioning
     found = {}

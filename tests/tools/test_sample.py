@@ -180,6 +180,7 @@ def test_every_layout_fills_the_folder_and_draws_the_grid_of_one_process(world_s
     assert np.abs(found - levels(alone)).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_drawing_that_was_killed_goes_on(learned, tmp_path):
     prompts, folder, whole = tmp_path / "prompts.txt", tmp_path / "killed", tmp_path / "whole"
     prompts.write_text(FILE * 2)

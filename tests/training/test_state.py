@@ -7,6 +7,7 @@ import torch
 
 from megadit.training.state import logical_state
 from tests.ranks import run_ranks
+from tests.tiers import slow_but
 from tests.training.assembled import assembled, make_step
 
 STAGES = {
@@ -71,9 +72,10 @@ CASES = [
     *[(stage, layout) for stage in (0, 1) for layout in LAYOUTS],
     *[(2, "tensor2_expert2"), (2, "pipeline2_data2"), ("1 bf16", "tensor2_expert2"), ("2 bf16", "tensor2_expert2")],
 ]
+QUICK = [(0, "one"), (1, "tensor2_expert2"), ("2 bf16", "tensor2_expert2")]
 
 
-@pytest.mark.parametrize(("stage", "layout"), CASES)
+@pytest.mark.parametrize(("stage", "layout"), slow_but(QUICK, CASES))
 def test_owned_pieces_tile_every_logical_tensor_once(stage, layout):
     owned, _ = pieces_of(stage, layout)
     _, covered = assembled_tensors(owned)
@@ -82,7 +84,7 @@ def test_owned_pieces_tile_every_logical_tensor_once(stage, layout):
         assert (count == 1).all(), f"{name}: {int(count.min())} to {int(count.max())} owners"
 
 
-@pytest.mark.parametrize(("stage", "layout"), CASES)
+@pytest.mark.parametrize(("stage", "layout"), slow_but(QUICK, CASES))
 def test_names_shapes_and_values_are_those_of_one_process(stage, layout):
     owned, _ = pieces_of(stage, layout)
     (expected,), _ = pieces_of(stage, "one")
@@ -95,7 +97,7 @@ def test_names_shapes_and_values_are_those_of_one_process(stage, layout):
         assert error < tolerance, f"{name}: relative error {error:.1e}"
 
 
-@pytest.mark.parametrize(("stage", "layout"), CASES)
+@pytest.mark.parametrize(("stage", "layout"), slow_but(QUICK, CASES))
 def test_a_rank_that_loads_asks_for_all_that_it_holds(stage, layout):
     owned, held = pieces_of(stage, layout)
     world_size = LAYOUTS[layout][0]

@@ -113,7 +113,7 @@ def stepped_by_every_engine(rank, world_size, layout, *how):
     ],
     ids=["microbatches", "small_buckets", "unannounced"],
 )
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", slow_but(LAYOUTS[1:3], LAYOUTS), ids=str)
 def test_every_gradient_is_summed_in_fp32_and_divided_by_the_size_of_dp(layout, count, announced, bucket):
     ranks = run_ranks(stepped_by_every_engine, layout.ranks.numel(), layout, count, announced, bucket)
     for kind in ENGINES:
@@ -162,7 +162,7 @@ def kept(rank, world_size, stage, dtype):
     return most, allowed, whole
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", slow_but([torch.bfloat16], [torch.float32, torch.bfloat16]), ids=str)
 @pytest.mark.parametrize("stage", [1, 2])
 def test_between_microbatches_zero_2_keeps_its_share_of_the_gradient_and_zero_1_the_whole(stage, dtype):
     for most, allowed, whole in run_ranks(kept, 4, stage, dtype):
