@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import traceback
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,6 @@ def _main(argv: Sequence[str], environ: Mapping[str, str], folder: str, streams:
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 (for as long as the process lives)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    warnings.resetwarnings()
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environ)

@@ -40,8 +40,9 @@ def mixture(written):
     return Mixture(open_sources(written[0]), WANTED)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def loader(mixture):
+    """Loaders that are closed after the test: what they read ahead would be counted by the next."""
     made = []
 
     def make(seed=0, rank=0, size=1, of=mixture, **settings):

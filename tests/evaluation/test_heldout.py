@@ -70,7 +70,7 @@ def oracles(trained):
     return {name: run_ranks(losses_of, 1, trained / name, None)[0] for name in RUNS}
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", slow_but(["groups of four, classes"], RUNS))
 @pytest.mark.parametrize("layout", slow_but({"tensor2 x expert2"}, LAYOUTS))
 def test_every_layout_has_the_losses_of_one_process(layout, name, trained, oracles):
     world_size, parallel = LAYOUTS[layout]

@@ -16,6 +16,7 @@ from megadit.parallel.grid import Grid, Layout
 from megadit.parallel.init import Normal, initialise
 from megadit.parallel.tensor.mappings import CutTokens, ReplicatedTokens
 from tests.ranks import run_ranks
+from tests.tiers import slow_but
 
 TOKEN_CHOICE = {"routing": "token_choice", "balance_loss": 0.1}
 NUCLEUS_LIKE = {"router_input": "timestep", "normalise_gates": True, "shared_experts": 1, "feedforward": "swiglu"}
@@ -100,7 +101,7 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", slow_but(["expert_choice", "nucleus_like_pairs"], BLOCKS))
 def test_a_compiled_block_is_the_eager_one(compile_block, block):
     layer, changes = BLOCKS[block]
     compile_block(layer, "aot_eager", **changes)
@@ -154,7 +155,7 @@ ignores_cache = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `
 
 
 @ignores_cache
-@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("recompute", slow_but(["block"], ["none", "block"]))
 def test_a_compiled_stage_is_the_eager_one(compile_stage, recompute):
     compile_stage("aot_eager", recompute)
 

@@ -67,6 +67,7 @@ def test_nothing_is_written(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_dry_run_does_not_import_deepspeed():
     code = (
         "import sys; from megadit.train import main; "

@@ -94,7 +94,7 @@ WIDE = ("model.width=64", "model.head_width=8", "model.image_size=16", "model.ch
 
 
 @pytest.mark.parametrize("layout", slow_but({"tensor_pipeline"}, NETWORK_LAYOUTS))
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", slow_but(["pooled", "rotary_part"], NETWORKS))
 def test_another_network_is_dry_run_as_planned(network, layout):
     world_size, overrides = NETWORK_LAYOUTS[layout]
     config = load_config(PARITY, [*NETWORKS[network], *WIDE, *overrides])

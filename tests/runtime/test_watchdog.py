@@ -98,6 +98,7 @@ def judge(outcome, lost, seconds, collective="all_reduce of"):
     assert any(collective in outcome.errors[rank] for rank in survivors(outcome, lost))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_stopped_rank_is_named_and_the_others_end(victim, tmp_path):
     outcome = train_and_lose(2, tmp_path / "run", *QUICK, send=(victim, signal.SIGSTOP), gone=[victim])
@@ -105,12 +106,14 @@ def test_a_stopped_rank_is_named_and_the_others_end(victim, tmp_path):
     assert outcome.statuses[victim] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_is_named_and_the_others_end(victim, tmp_path):
     outcome = train_and_lose(2, tmp_path / "run", send=(victim, signal.SIGKILL))
     judge(outcome, victim, SOON)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plant", "culprit"), [(raising, 1), (raising_first, 0), (raising_while_the_other_computes, 1)]
 )
@@ -122,6 +125,7 @@ def test_a_rank_that_raises_says_so_and_the_others_name_it(plant, culprit, tmp_p
     assert outcome.errors[culprit].lstrip().startswith("Traceback") or "Traceback" in outcome.errors[culprit]
 
 
+@pytest.mark.slow
 def test_a_hung_rank_is_named_and_every_rank_says_where_it_is(tmp_path):
     outcome = train_and_lose(2, tmp_path / "run", *QUICK, plant=looping)
     judge(outcome, 1, 4 + SOON)
@@ -130,6 +134,7 @@ def test_a_hung_rank_is_named_and_every_rank_says_where_it_is(tmp_path):
     assert "has not joined" in outcome.lost()["reason"]
 
 
+@pytest.mark.slow
 def test_a_rank_that_left_out_a_collective_is_found(tmp_path):
     outcome = train_and_lose(2, tmp_path / "run", *QUICK, plant=skipping)
     judge(outcome, 1, 4 + SOON)
@@ -137,7 +142,9 @@ def test_a_rank_that_left_out_a_collective_is_found(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "send", [pytest.param(None, marks=pytest.mark.drill), (3, signal.SIGSTOP)], ids=["hung", "stopped"]
+    "send",
+    [pytest.param(None, marks=pytest.mark.drill), pytest.param((3, signal.SIGSTOP), marks=pytest.mark.slow)],
+    ids=["hung", "stopped"],
 )
 def test_of_four_ranks_of_a_pipeline_with_experts_the_right_one_is_named(send, tmp_path):
     layout = ["parallel.pipeline=2", "parallel.expert=2"]
@@ -151,6 +158,7 @@ def hung_alone(rank, folder):
     at_batch(rank, 0, folder, loop_for_ever)
 
 
+@pytest.mark.slow
 def test_one_process_that_hangs_ends_too(tmp_path):
     outcome = train_and_lose(1, tmp_path / "run", "watchdog.hang=2", plant=hung_alone)
     assert outcome.statuses == [LOST] and outcome.seconds < 4 + SOON

@@ -70,6 +70,7 @@ def test_the_sizes_of_the_paper(plan):
     assert status == 0 and "ec-dit-m-64e" in out and "97.21" in out and "%" in out
 
 
+@pytest.mark.slow
 def test_a_search_ranks_and_gives_reasons(plan):
     status, out, _ = plan(*SMALL, "--search", "zero.stage=1", "run.dtype=float32")
     assert status == 0 and "layouts fit" in out and "cannot be" in out
@@ -79,6 +80,7 @@ def test_a_search_ranks_and_gives_reasons(plan):
     assert any(not row["fits"] and row["reason"] for row in rows)
 
 
+@pytest.mark.slow
 def test_a_plan_that_does_not_fit_names_the_nearest_that_does(plan, tmp_path):
     tight = yaml.safe_load(GPUS["h100"].to_yaml())
     tight["memory_bytes"] = 6_000_000

@@ -12,6 +12,7 @@ from megadit.training.loop import Unsaved, resume
 from megadit.training.metrics import METRICS_FILE, Recorder, read_metrics
 from megadit.training.progress import Progress
 from tests.ranks import run_ranks, train_on
+from tests.tiers import slow_but
 from tests.training.assembled import CONFIG, assembled, train_alone
 from tests.training.test_metrics import report
 
@@ -23,7 +24,7 @@ def steps_kept(folder):
     return [int(path.name.removeprefix("step_")) for path in sorted((folder / "checkpoints").glob("step_*"))]
 
 
-@pytest.mark.parametrize("overrides", [[], ZERO1], ids=["stage0", "stage1"])
+@pytest.mark.parametrize("overrides", slow_but([ZERO1], [[], ZERO1]), ids=["stage0", "stage1"])
 def test_a_run_that_saves_in_the_background_is_the_same_run(overrides, tmp_path):
     """Losses, and every byte of every tensor of every checkpoint."""
     command = ["--config", CONFIG, "run.steps=6", "checkpoint.every=1", "checkpoint.keep=0", "log.sample_every=2"]
@@ -114,7 +115,7 @@ def undisturbed(tmp_path_factory):
 
 
 @BACKGROUND
-@pytest.mark.parametrize("ranks", [[0], [1]], ids=["rank 0", "rank 1"])
+@pytest.mark.parametrize("ranks", slow_but([[1]], [[0], [1]]), ids=["rank 0", "rank 1"])
 def test_on_a_full_disk_training_goes_on_and_saves_again_when_there_is_room(
     ranks, background, undisturbed, tmp_path, capfd
 ):
