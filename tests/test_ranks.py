@@ -36,6 +36,7 @@ def count_resources(rank, world_size):
     return len(os.listdir("/proc/self/fd")), threading.active_count()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts the open files that Linux lists")
 def test_many_calls_leak_no_file_descriptors():
     run_ranks(count_resources, 4)

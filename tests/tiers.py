@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 
-def slow_but(quick: Collection[Any], parameters: Iterable[Any]) -> list[Any]:
-    """Parameters of which all but those in `quick` are marked slow.
+def slow_but(quick: Collection[Any], parameters: Iterable[Any], unpack: bool = False) -> list[Any]:
+    """Parameters of which all but those in `quick` are marked slow. unpack: each is a tuple of several arguments.
 
     Raises ValueError for one in `quick` that is no parameter.
 
@@ -17,4 +17,7 @@ def slow_but(quick: Collection[Any], parameters: Iterable[Any]) -> list[Any]:
     parameters = list(parameters)
     if unknown := [each for each in quick if each not in parameters]:
         raise ValueError(f"{unknown} are none of the parameters {parameters}")
-    return [each if each in quick else pytest.param(each, marks=pytest.mark.slow) for each in parameters]
+    return [
+        each if each in quick else pytest.param(*(each if unpack else [each]), marks=pytest.mark.slow)
+        for each in parameters
+    ]

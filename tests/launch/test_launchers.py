@@ -12,6 +12,8 @@ from megadit.training.metrics import METRICS_FILE, read_metrics
 from tests.launch.environment import environ
 from tests.ranks import free_port
 
+pytestmark = pytest.mark.slow
+
 CONFIG = "tests/configs/tiny.yaml"
 STEPS = 3
 TIME_LIMIT = 240  # seconds

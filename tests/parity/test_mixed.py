@@ -39,7 +39,8 @@ DRILLS = {
     "adaln_single": (Case(Layout(2, 2, 1, 1), "zbv", sequence=True, model="adaln_single"), ()),
     "all": (Case(Layout(2, 2, 2, 1), sequence=True), ()),
 }
-CASES = dict.fromkeys(FAST, []) | dict.fromkeys(DRILLS, [pytest.mark.drill])
+CASES = {"zbv_sequence": [], "pipeline_expert": [], "tensor_expert_sequence": [pytest.mark.slow]}
+CASES |= dict.fromkeys(DRILLS, [pytest.mark.drill])
 
 
 @cache

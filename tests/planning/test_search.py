@@ -66,6 +66,7 @@ def test_what_does_not_fit_says_where_and_by_how_much(config, found):
     assert does_not_fit(replace(plan, gpu=tight), spare=0.01) == ""
 
 
+@pytest.mark.slow
 def test_a_small_gpu_is_refused_before_and_after_activations(config, found):
     peaks = sorted(candidate.plan.peak for candidate in found if candidate.plan)
     small = replace(GPUS["h100"], memory_bytes=peaks[len(peaks) // 4])

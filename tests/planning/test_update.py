@@ -9,6 +9,7 @@ from megadit.parallel.grid import Layout
 from megadit.planning.update import update_of
 from megadit.zero.footprint import LocalParameter, local_parameters, state_of
 from tests.ranks import run_ranks
+from tests.tiers import slow_but
 from tests.zero.runs import backward, fresh
 
 
@@ -65,7 +66,7 @@ WIDE = ["run.dtype=float32", "model.width=256", "data.micro_batch=0"]
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", slow_but([2], [1, 2]))
 def test_a_step_dispatches_what_is_reckoned(stage, ranks):
     results = run_ranks(step_costs, ranks, [*WIDE, f"zero.stage={stage}"])
     # Which tensors are in whose part differs: ranks are compared with the mean rank.

@@ -26,6 +26,7 @@ def ranks_in(message):
     return {int(rank) for rank in re.findall(r"rank (\d+) \(", message)}
 
 
+@pytest.mark.slow
 def test_healthy_ranks_pass_every_check():
     # Other tests may keep this machine busy; what is slow is the next test's matter.
     chosen = settings(

@@ -14,6 +14,7 @@ from megadit.training.events import EVENTS_FILE
 from megadit.training.metrics import METRICS_FILE, read_metrics
 from tests.launch.environment import lack
 from tests.ranks import train_on
+from tests.tiers import slow_but
 
 COMMAND = ["--config", "tests/configs/tiny.yaml", "run.dtype=float32", "zero.stage=1"]
 
@@ -50,6 +51,7 @@ def test_a_run_whose_folder_is_read_only_is_refused_in_one_line(tmp_path):
             assert spoken == f"megadit: run.dir={folder} cannot be written: Read-only file system\n"
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_costs_checkpoints_and_not_the_run(tmp_path):
     """The first checkpoint finds room, later ones do not; with room, the same command goes on."""
     folder = tmp_path / "disk" / "run"
@@ -89,7 +91,7 @@ def test_lines_that_found_no_room_are_written_when_there_is(tmp_path):
         assert [line["n"] for line in found] == list(range(300)) and found[0]["loss"] is None
 
 
-@pytest.mark.parametrize("dead", ["a file is in its place", "it vanishes"])
+@pytest.mark.parametrize("dead", slow_but(["it vanishes"], ["a file is in its place", "it vanishes"]))
 def test_tensorboards_folder_is_no_reason_to_stop(dead, tmp_path):
     settings = [*COMMAND, "run.steps=6", f"run.dir={tmp_path}"]
     if dead == "a file is in its place":
@@ -103,6 +105,7 @@ def test_tensorboards_folder_is_no_reason_to_stop(dead, tmp_path):
     assert len(losses(tmp_path)) == 6
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_changes_nothing_but_the_times_that_are_told(tmp_path):
     """An hour back and forth, during a run: seconds of steps stay positive, nothing hangs, stops or is skipped."""
     library = next(iter(Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None)

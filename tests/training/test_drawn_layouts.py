@@ -35,7 +35,7 @@ LAYOUTS = {
     "data4": (4, ParallelConfig()),
     "data3": (3, ParallelConfig()),
 }
-QUICK = ("tensor2_sequence", "data3")
+QUICK = ("tensor2_sequence",)
 SETTINGS = SampleConfig("heun", steps=4, guidance=3.0, shift=2.0)
 CAPTIONS = [f"{words} {digit}" for words in ("a handwritten", "the number") for digit in range(8)]
 NUMBERS = ["7", "3", "9", "0", "5"]

@@ -154,7 +154,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("layout", "engine"), slow_but(CASES[1:3] + CASES[-1:], CASES))
+@pytest.mark.parametrize(("layout", "engine"), slow_but(CASES[1:3] + CASES[-1:], CASES, unpack=True))
 def test_with_every_engine_the_averages_go_in_and_leave_no_trace(layout, engine):
     world_size, overrides = LAYOUTS[layout]
     overrides = [*ENGINES[engine], *overrides]

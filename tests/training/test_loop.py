@@ -11,6 +11,7 @@ from megadit.training.config import load_config
 from megadit.training.loop import resume
 from megadit.training.metrics import METRICS_FILE, read_metrics
 from tests.ranks import run_ranks, train_on
+from tests.tiers import slow_but
 from tests.training.assembled import CONFIG, assembled
 
 STEPS = 5
@@ -100,7 +101,10 @@ def test_looking_every_third_step_leaves_the_same_line_for_each(tmp_path):
     assert len(set(seconds[:3])) == len(set(seconds[3:])) == 1, "the mean of the steps between two looks"
 
 
-@pytest.mark.parametrize("overrides", [[], ["run.dtype=float32", "zero.stage=1"]], ids=["stage0", "stage1"])
+ZERO1 = ["run.dtype=float32", "zero.stage=1"]
+
+
+@pytest.mark.parametrize("overrides", slow_but([ZERO1], [[], ZERO1]), ids=["stage0", "stage1"])
 def test_evaluating_drawing_and_saving_change_no_loss(overrides, tmp_path):
     quiet = train(tmp_path / "quiet", 1, *overrides)
     busy = train(tmp_path / "busy", 1, *overrides, *WATCHED)

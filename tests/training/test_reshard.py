@@ -165,7 +165,11 @@ DRILLS = [
 
 
 def params(pairs):
-    return [pytest.param(*pair, id=" to ".join(map(str, pair))) for pair in pairs]
+    """The first is quick, the others are slow."""
+    marks = [(), *[pytest.mark.slow] * (len(pairs) - 1)]
+    return [
+        pytest.param(*pair, id=" to ".join(map(str, pair)), marks=mark) for pair, mark in zip(pairs, marks, strict=True)
+    ]
 
 
 def drills(pairs):
@@ -207,7 +211,7 @@ SAME_DRILLS = [
 @pytest.mark.parametrize(
     "side",
     [
-        *[pytest.param(side, id=str(side)) for side in SAME],
+        *[pytest.param(side, id=str(side), marks=pytest.mark.slow) for side in SAME],
         *[pytest.param(side, id=str(side), marks=pytest.mark.drill) for side in SAME_DRILLS],
     ],
 )

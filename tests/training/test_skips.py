@@ -79,7 +79,7 @@ LAYOUTS = {
 CASES = [("data2", engine) for engine in ENGINES] + [(layout, "zero1") for layout in LAYOUTS if layout != "data2"]
 
 
-@pytest.mark.parametrize(("layout", "engine"), slow_but(CASES[:2] + CASES[-1:], CASES))
+@pytest.mark.parametrize(("layout", "engine"), slow_but(CASES[:2] + CASES[-1:], CASES, unpack=True))
 def test_a_spoilt_step_changes_no_bit_and_names_its_rank_and_samples(layout, engine):
     world_size, overrides = LAYOUTS[layout]
     spoiler = world_size - 1

@@ -111,6 +111,7 @@ def test_going_back_is_repeated_by_a_run_that_is_restarted(data, tmp_path):
     assert len(events(tmp_path / "restarted", "rewind")) == 1
 
 
+@pytest.mark.slow
 def test_too_many_spikes_stop_a_run_at_a_checkpoint_before_them(data, tmp_path):
     overrides = [*REWIND, "guard.max_rewinds=0", f"data.path={data / 'spoilt.npz'}", f"run.dir={tmp_path}"]
     results = train_on(2, *COMMAND, *overrides)

@@ -75,7 +75,7 @@ CASES = [
 QUICK = [(0, "one"), (1, "tensor2_expert2"), ("2 bf16", "tensor2_expert2")]
 
 
-@pytest.mark.parametrize(("stage", "layout"), slow_but(QUICK, CASES))
+@pytest.mark.parametrize(("stage", "layout"), slow_but(QUICK, CASES, unpack=True))
 def test_owned_pieces_tile_every_logical_tensor_once(stage, layout):
     owned, _ = pieces_of(stage, layout)
     _, covered = assembled_tensors(owned)
@@ -84,7 +84,7 @@ def test_owned_pieces_tile_every_logical_tensor_once(stage, layout):
         assert (count == 1).all(), f"{name}: {int(count.min())} to {int(count.max())} owners"
 
 
-@pytest.mark.parametrize(("stage", "layout"), slow_but(QUICK, CASES))
+@pytest.mark.parametrize(("stage", "layout"), slow_but(QUICK, CASES, unpack=True))
 def test_names_shapes_and_values_are_those_of_one_process(stage, layout):
     owned, _ = pieces_of(stage, layout)
     (expected,), _ = pieces_of(stage, "one")
@@ -97,7 +97,7 @@ def test_names_shapes_and_values_are_those_of_one_process(stage, layout):
         assert error < tolerance, f"{name}: relative error {error:.1e}"
 
 
-@pytest.mark.parametrize(("stage", "layout"), slow_but(QUICK, CASES))
+@pytest.mark.parametrize(("stage", "layout"), slow_but(QUICK, CASES, unpack=True))
 def test_a_rank_that_loads_asks_for_all_that_it_holds(stage, layout):
     owned, held = pieces_of(stage, layout)
     world_size = LAYOUTS[layout][0]

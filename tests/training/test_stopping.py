@@ -47,6 +47,7 @@ def goes_on(folder, expected):
     assert curve(folder) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "victims"), [("SIGTERM", [0, 1]), ("SIGUSR1", [1])], ids=["all", "one rank"])
 def test_asked_during_a_step_it_stops_after_it(number, victims, expected, tmp_path):
     when = lambda: steps_done(tmp_path) >= 5  # noqa: E731
@@ -64,6 +65,7 @@ def test_asked_during_a_step_it_stops_after_it(number, victims, expected, tmp_pa
     goes_on(tmp_path, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("background", ["false", "true"], ids=["at once", "background"])
 def test_asked_during_a_save_it_finishes_that_and_its_step(background, expected, tmp_path):
     saving = lambda: any((tmp_path / "checkpoints").glob("*.partial"))  # noqa: E731
@@ -97,6 +99,7 @@ def listens(port):
         return caller.connect_ex(("127.0.0.1", port)) == 0
 
 
+@pytest.mark.slow
 def test_asked_while_it_starts_it_ends_at_once(expected, tmp_path):
     """During its imports, and while it waits in C++ for another process: nothing is there yet."""
     port = free_port()

@@ -165,7 +165,7 @@ def check(case):
             assert calls[1:] == expected_calls[1:], kind
 
 
-@pytest.mark.parametrize("layout", slow_but({"interleaved", "small_buckets"}, LAYOUTS))
+@pytest.mark.parametrize("layout", slow_but({"interleaved"}, LAYOUTS))
 def test_real_runs_hold_and_send_what_was_reckoned(layout):
     check(LAYOUTS[layout])
 

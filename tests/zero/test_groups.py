@@ -9,7 +9,8 @@ from megadit.parallel.grid import Grid, Layout
 from megadit.parallel.placement import Cut, Placement, placed
 from megadit.parallel.tensor.mappings import ReplicatedTokens
 from megadit.training.config import load_config
-from megadit.zero.groups import OptimConfig, global_norm, group_parameters, read_update
+from megadit.zero.config import OptimConfig
+from megadit.zero.groups import global_norm, group_parameters, read_update
 from megadit.zero.reference import ReferenceEngine
 from tests.parallel.places import Place, layouts_of
 from tests.ranks import run_ranks

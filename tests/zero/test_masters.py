@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
+from tests.tiers import slow_but
 from tests.zero.runs import advance, copies, fresh
 
 ENGINES = {
@@ -50,7 +51,7 @@ def write_and_undo(rank, world_size, overrides):
     return advance(run, (3, 4)), advance(plain, (3, 4))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_but(["tensor2_expert2"], LAYOUTS))
 @pytest.mark.parametrize("engine", ENGINES)
 def test_parameters_follow_the_masters_there_and_back(engine, layout):
     world_size, overrides = LAYOUTS[layout]
