@@ -122,7 +122,8 @@ def results(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
     survivors = [name for name, line in found.items() if line.startswith("SURVIVED")]
     lines = [f"{name}: {line}" for name, line in found.items()]
     lines.append(f"{len(found) - len(survivors)} of {len(found)} faults killed; survivors: {survivors}")
-    request.config.get_terminal_writer().write("\n" + "\n".join(lines) + "\n")
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        request.config.get_terminal_writer().write("\n" + "\n".join(lines) + "\n")
 
 
 @pytest.mark.drill

@@ -1,6 +1,7 @@
 """Pictures do not depend on the layout, on pictures of other routing groups, or on how the prompts are chunked."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from megadit.diffusion.timesteps import sampling_times
 from megadit.parallel.grid import Grid
 from megadit.parallel.init import Normal, initialise
 from megadit.runtime.seed import stream
-from megadit.sampling.generate import SampleConfig, generate, noise_of
+from megadit.sampling.generate import SampleConfig, generate, noise_of, steered_from
 from megadit.sampling.solvers import SAMPLERS
 from megadit.training.build import build_pipeline, build_stages, named_parameters, read_inputs
 from megadit.training.config import check, images_per_group, load_config
@@ -291,6 +292,16 @@ def test_a_negative_prompt_takes_the_place_of_nothing(answered):
     changed = np.abs(found["negative"] - found["plain"]).reshape(3, -1).max(axis=1)
     assert changed[0] > 1e-3 and (changed[group:] < 1e-12).all()
     assert found["few"] == "ValueError: 1 negative prompts for 3 images; give one for each"
+
+
+def test_each_image_is_steered_away_from_the_prompt_that_was_given_for_it():
+    condition = SimpleNamespace(
+        nothing={"labels_B": torch.tensor([0])},
+        encode=lambda prompts: {"labels_B": torch.tensor(list(map(int, prompts)))},
+    )
+    steered = steered_from(condition, {"labels_B": torch.tensor([1, 2, 3, 4])}, ["", "7", " ", "8"])
+    assert steered["labels_B"].tolist() == [0, 7, 0, 8]
+    assert condition.nothing["labels_B"].tolist() == [0], "what stands for nothing stays as it is"
 
 
 def test_pictures_that_are_not_finite_are_refused_by_name_and_step(answered):
