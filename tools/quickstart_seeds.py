@@ -91,13 +91,13 @@ def train_and_judge(group: Group, seed: int, run: Path) -> float:
 
 
 def cpu_seconds() -> float:
-    """Of the child processes that have ended. Other work on the machine hardly changes it, unlike seconds by a clock."""
+    """CPU time of the child processes that have ended: unlike wall time, it changes little with other load."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
 
 def record_of(group: Group, seed: int, run: Path, seconds: float) -> Record:
-    """What is kept of a run that was trained and judged in this folder, in so many CPU seconds."""
+    """What is kept of a run that was trained and judged in this folder. seconds: the CPU time of both."""
     config = load_config(run / CONFIG_FILE)
     return {
         "config": group.config,
@@ -116,19 +116,21 @@ def record_of(group: Group, seed: int, run: Path, seconds: float) -> Record:
 
 def conduct(groups: Iterable[Group], seeds: Sequence[int], runs: Path, records: Path) -> None:
     """Run what has no record. Raises ValueError before anything is trained for a record of another configuration."""
-    wanted = [(group, seed) for group in groups for seed in group.seeds if seed in seeds]
-    paths = {(group, seed): record_path(records, group, seed) for group, seed in wanted}
-    for (group, seed), path in paths.items():
+    wanted = [
+        (group, seed, record_path(records, group, seed)) for group in groups for seed in group.seeds if seed in seeds
+    ]
+    for group, seed, path in wanted:
         if path.exists():
             read_record(path, group.run_config(seed))
     records.mkdir(parents=True, exist_ok=True)
-    left = [(group, seed) for group, seed in wanted if not paths[group, seed].exists()]
-    for number, (group, seed) in enumerate(left, 1):
-        run = runs / paths[group, seed].stem
-        print(f"run {number} of {len(left)}: {group.label}, seed {seed}, in {run}", file=sys.stderr)
+    for number, (group, seed, path) in enumerate(wanted, 1):
+        if path.exists():
+            continue
+        run = runs / path.stem
+        print(f"run {number} of {len(wanted)}: {group.label}, seed {seed}, in {run}", file=sys.stderr)
         seconds = train_and_judge(group, seed, run)
         text = json.dumps(record_of(group, seed, run, seconds), indent=1) + "\n"
-        replace_file(paths[group, seed], text.encode())
+        replace_file(path, text.encode())
 
 
 # A column's heading, a record's value, and how it is printed.
