@@ -14,6 +14,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import platform
 import resource
 import subprocess
 import sys
@@ -22,9 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import megadit
 from megadit.runtime.disk import replace_file
 from megadit.study.design import fingerprint
-from megadit.study.hardware import machine
+from megadit.study.hardware import cores, cpu_name
 from megadit.study.record import course_of, size
 from megadit.training.config import CONFIG_FILE, RunConfig, load_config
 from megadit.training.metrics import METRICS_FILE, read_metrics
@@ -96,8 +100,8 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def record_of(group: Group, seed: int, run: Path, seconds: float) -> Record:
-    """What is kept of a run that was trained and judged in this folder. seconds: the CPU time of both."""
+def record_of(group: Group, seed: int, run: Path, seconds: float | None) -> Record:
+    """What is kept of a run that was trained and judged in this folder. seconds: the CPU time of both, if known."""
     config = load_config(run / CONFIG_FILE)
     return {
         "config": group.config,
@@ -109,8 +113,13 @@ def record_of(group: Group, seed: int, run: Path, seconds: float) -> Record:
         **course_of(read_metrics(run / METRICS_FILE), config),
         "cpu_seconds": seconds,
         "judge": json.loads((run / "result.json").read_text()),
-        "machine": machine(side_by_side=1)
-        | {"threads_per_process": THREADS, "deepspeed": importlib.metadata.version("deepspeed")},
+        "machine": {"cpu": cpu_name(), "cores": cores(), "threads_per_process": THREADS},
+        "versions": {
+            "megadit": megadit.__version__,
+            "torch": torch.__version__,
+            "deepspeed": importlib.metadata.version("deepspeed"),
+            "python": platform.python_version(),
+        },
     }
 
 
@@ -128,13 +137,14 @@ def conduct(groups: Iterable[Group], seeds: Sequence[int], runs: Path, records: 
             continue
         run = runs / path.stem
         print(f"run {number} of {len(wanted)}: {group.label}, seed {seed}, in {run}", file=sys.stderr)
+        was_begun = run.exists()  # then the first part's CPU time is not known
         seconds = train_and_judge(group, seed, run)
-        text = json.dumps(record_of(group, seed, run, seconds), indent=1) + "\n"
+        text = json.dumps(record_of(group, seed, run, None if was_begun else seconds), indent=1) + "\n"
         replace_file(path, text.encode())
 
 
 # A column's heading, a record's value, and how it is printed.
-COLUMNS: tuple[tuple[str, Callable[[Record], float], str], ...] = (
+COLUMNS: tuple[tuple[str, Callable[[Record], float | None], str], ...] = (
     ("read as prompted", lambda record: record["judge"]["read_as_prompted"], ".3f"),
     ("distance ratio", lambda record: record["judge"]["distance_ratio"], ".2f"),
     ("held-out loss", lambda record: record["heldout_loss"], ".3f"),
@@ -142,13 +152,12 @@ COLUMNS: tuple[tuple[str, Callable[[Record], float], str], ...] = (
 )
 
 
-def value_range(values: Sequence[float], form: str) -> str:
-    """The least and the largest value.
-
-    >>> value_range([10.2, 9.0, 9.6], ".0f"), value_range([1.0, 1.0], ".3f")
-    ('9 to 10', '1.000')
-    """
-    low, high = (f"{value:{form}}" for value in (min(values), max(values)))
+def value_range(values: Iterable[float | None], form: str) -> str:
+    """The least and the largest of the values that are known."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "unknown"
+    low, high = (f"{value:{form}}" for value in (min(known), max(known)))
     return low if low == high else f"{low} to {high}"
 
 
@@ -161,7 +170,7 @@ def table(records: Path, groups: Iterable[Group] = GROUPS) -> str:
         if not seeds:
             continue
         found = [read_record(record_path(records, group, seed), group.run_config(seed)) for seed in seeds]
-        ranges = [value_range([value(record) for record in found], form) for _, value, form in COLUMNS]
+        ranges = [value_range((value(record) for record in found), form) for _, value, form in COLUMNS]
         rows.append([group.label, ", ".join(map(str, seeds)), *ranges])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 

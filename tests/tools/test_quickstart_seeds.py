@@ -11,14 +11,17 @@ import pytest
 from tests.ranks import train_on
 
 
+def load_tool(name):
+    spec = importlib.util.spec_from_file_location(name, f"tools/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("quickstart_seeds", "tools/quickstart_seeds.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return load_tool("quickstart_seeds")
 
 
 def test_every_recorded_run_reaches_the_mark(tool):
@@ -32,8 +35,18 @@ def test_every_recorded_run_reaches_the_mark(tool):
             assert record["judge"]["distance_ratio"] >= 0.9, name
 
 
-def test_the_readme_shows_the_table_of_the_records(tool):
-    assert tool.table(tool.RECORDS) in Path("README.md").read_text()
+def test_the_readme_shows_what_the_records_say(tool):
+    page = Path("README.md").read_text()
+    assert tool.table(tool.RECORDS) in page
+    example = json.loads((tool.RECORDS / "experts_4_seed0.json").read_text())
+    assert "\n".join(["```", *load_tool("judge_digits").summary(example["judge"]), "```"]) in page
+
+
+@pytest.mark.parametrize(
+    ("values", "printed"), [([10.2, None, 9.0], "9 to 10"), ([1.2, 0.9], "1"), ([None], "unknown"), ([0.0], "0")]
+)
+def test_a_range_is_of_what_is_known(values, printed, tool):
+    assert tool.value_range(values, ".0f") == printed
 
 
 @pytest.fixture
@@ -73,6 +86,8 @@ def test_finished_runs_are_not_repeated_and_missing_ones_are_made_up_for(tool, t
     assert started == [0, 1]
     tool.conduct([tiny], [0, 1], folder / "runs", folder / "records")
     assert started == [0, 1, 1]
+    made = [json.loads((folder / f"records/experts_1_seed{seed}.json").read_text()) for seed in (0, 1)]
+    assert [record["cpu_seconds"] for record in made] == [10, None], "the repeated run was there already"
 
 
 def test_the_table_has_ranges_over_the_seeds(tool, tiny, conducted):
@@ -89,7 +104,8 @@ def test_a_record_tells_no_path_and_no_machine_name(tool, tiny, conducted):
     text = (folder / "records/experts_1_seed0.json").read_text()
     assert str(folder) not in text and "runs" not in text
     record = json.loads(text)
-    assert record["machine"].keys() >= {"cpu", "cores", "threads_per_process", "torch", "deepspeed", "python"}
+    assert record["machine"].keys() == {"cpu", "cores", "threads_per_process"}
+    assert record["versions"].keys() == {"megadit", "torch", "deepspeed", "python"}
     assert record["steps"] == 1 and record["training_seconds"] > 0
 
 
