@@ -95,8 +95,10 @@ run_rest() {
         MEGADIT_TEST_DEADLINE=$(($(date +%s) + 60 * MEGADIT_CI_MINUTES))
         export MEGADIT_TEST_DEADLINE
     fi
-    # durations.json: what the tenths are balanced by. `--store-durations` writes it.
-    run_tests -m "slow or drill" --timeout 1800 --durations-path tests/durations.json --splits 10 --group "$share" "$@"
+    # durations.json: what the tenths are balanced by. `--store-durations` writes it. A tenth may lie within one file, so
+    # tests are handed out one by one.
+    run_tests -m "slow or drill" --dist load --timeout 1800 --durations-path tests/durations.json \
+        --splits 10 --group "$share" "$@"
 }
 
 stage set-up set_up

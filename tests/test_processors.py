@@ -25,7 +25,8 @@ def name_of(setting):
 @pytest.mark.drill
 @pytest.mark.parametrize("setting", SETTINGS, ids=name_of)
 def test_the_quick_tests_pass_on_kernels_of_another_processor(setting, tmp_path):
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", f"--basetemp={tmp_path / 'tests'}"]
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", "-n", "2", "--dist", "loadfile"]
+    command += [f"--basetemp={tmp_path / 'tests'}"]
     done = subprocess.run(
         command, env=os.environ | setting, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         timeout=TIME_LIMIT,
