@@ -19,7 +19,6 @@ from megadit.training.config import check, load_config
 from megadit.training.drawn import as_drawn
 from megadit.training.restore import open_sampler
 from tests.ranks import run_ranks, train_on
-from tests.tiers import slow_but
 
 CONFIG = "tests/configs/tiny.yaml"
 STEPS = 60
@@ -35,7 +34,6 @@ LAYOUTS = {
     "data4": (4, ParallelConfig()),
     "data3": (3, ParallelConfig()),
 }
-QUICK = ("tensor2_sequence",)
 SETTINGS = SampleConfig("heun", steps=4, guidance=3.0, shift=2.0)
 CAPTIONS = [f"{words} {digit}" for words in ("a handwritten", "the number") for digit in range(8)]
 NUMBERS = ["7", "3", "9", "0", "5"]
@@ -93,6 +91,7 @@ def alone(trained):
     return {name: whole for name, (whole, *_) in zip(JOBS, results, strict=True)}
 
 
+@pytest.mark.slow
 def test_the_runs_are_trained_and_their_experts_choose(trained):
     for name in ("captions", "pairs"):
         lines = [json.loads(line) for line in (trained[name] / "metrics.jsonl").read_text().splitlines()]
@@ -110,7 +109,8 @@ def levels(pictures):
     return to_bytes(torch.from_numpy(pictures)).numpy().astype(int)
 
 
-@pytest.mark.parametrize("layout", slow_but(QUICK, LAYOUTS))
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_draws_the_pictures_of_one_process(layout, trained, alone):
     world_size, parallel = LAYOUTS[layout]
     of_ranks = draw_in_layout(trained, world_size, parallel)
@@ -132,6 +132,7 @@ def test_every_layout_draws_the_pictures_of_one_process(layout, trained, alone):
         assert sum(results[number][3] for results in of_ranks) == replicas
 
 
+@pytest.mark.slow
 def test_pictures_are_shared_out(trained):
     of_ranks = run_ranks(draw_jobs, 4, trained, None, [JOBS["captions"], JOBS["pairs"], JOBS["in calls of 3"]])
     indices = [[[part for part, _ in shares] for _, shares, *_ in results] for results in of_ranks]
@@ -152,6 +153,7 @@ def draw_rest(rank, world_size, folder, there):
     return [list(indices) for indices, _ in shares], torch.cat([images for _, images in shares]).numpy()
 
 
+@pytest.mark.slow
 def test_turns_whose_pictures_are_there_are_left_out(trained, alone):
     of_ranks = run_ranks(draw_rest, 2, trained["captions"], {0, 1, 2, 3, 4, 5, 6, *range(8, 16)})
     assert [turns for turns, _ in of_ranks] == [[[4, 5]], [[6, 7]]]
@@ -207,6 +209,7 @@ def refusals(rank, world_size, folders, without_tokenizer):
     return messages
 
 
+@pytest.mark.slow
 def test_faults_are_heard_on_every_rank(trained, tmp_path):
     folder = shutil.copytree(trained["captions"], tmp_path / "run")
     (folder / "tokenizer.model").unlink()
@@ -241,6 +244,7 @@ def warned(rank, world_size, folder, prompts):
     return lines
 
 
+@pytest.mark.slow
 def test_the_main_process_warns_once_of_prompts_that_others_draw(trained):
     long = "a very long caption of the number seven " * 3
     first, second = run_ranks(warned, 2, trained["captions"], ["a seven", "a six", long, long])
