@@ -32,6 +32,7 @@ REFUSED = {
     "playground": ["no/run"],
     "plot_loss": ["no/run", "--out", "no/loss.png"],
     "report": ["no/run"],
+    "quickstart_seeds": ["--groups", "none"],
     "reproduce": ["run", "no/study.yaml"],
     "sample": ["no/run"],
     "tiny_encoders": ["setup.py/encoders"],

@@ -23,13 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import megadit
 from megadit.runtime.disk import replace_file
 from megadit.study.design import fingerprint
 from megadit.study.hardware import cores, cpu_name
-from megadit.study.record import course_of, size
 from megadit.training.config import CONFIG_FILE, RunConfig, load_config
 from megadit.training.metrics import METRICS_FILE, read_metrics
 
@@ -102,6 +99,8 @@ def cpu_seconds() -> float:
 
 def record_of(group: Group, seed: int, run: Path, seconds: float | None) -> Record:
     """What is kept of a run that was trained and judged in this folder. seconds: the CPU time of both, if known."""
+    from megadit.study.record import course_of, size  # imports torch
+
     config = load_config(run / CONFIG_FILE)
     return {
         "config": group.config,
@@ -116,7 +115,7 @@ def record_of(group: Group, seed: int, run: Path, seconds: float | None) -> Reco
         "machine": {"cpu": cpu_name(), "cores": cores(), "threads_per_process": THREADS},
         "versions": {
             "megadit": megadit.__version__,
-            "torch": torch.__version__,
+            "torch": importlib.metadata.version("torch"),
             "deepspeed": importlib.metadata.version("deepspeed"),
             "python": platform.python_version(),
         },

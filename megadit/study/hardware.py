@@ -7,8 +7,6 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import megadit
 
 
@@ -19,6 +17,8 @@ def cores() -> int:
 
 def machine(side_by_side: int) -> dict[str, Any]:
     """What the figures of a trial depend on besides its settings."""
+    import torch  # seconds, which the other functions need not wait for
+
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "cpu": cpu_name(),
