@@ -7,7 +7,7 @@ import pytest
 from megadit.training.metrics import METRICS_FILE, read_metrics
 from tests.ranks import train_on
 
-# A third of the example's rate. At the whole of it these steps end in the warm-up's roughest part, where float32 runs
+# An eighth of the example's rate. At 1.5e-3 these steps end in the warm-up's roughest part, where float32 runs
 # whose weights differ by a thousandth, less than bf16 rounds, are up to two percent apart by themselves.
 RATE = "optim.lr=5e-4"
 QUIET = ["log.evaluate_every=0", "log.sample_every=0", "log.tensorboard=false", "checkpoint.every=1000"]

@@ -11,7 +11,8 @@ from megadit.planning.dry_run import dry_run
 from megadit.planning.meter import Meter
 from megadit.training.config import load_config
 from tests.ranks import run_ranks
-from tests.tiers import slow_but
+
+pytestmark = pytest.mark.slow
 
 CONFIG = "tests/configs/parity.yaml"
 # Wide and with enough images that what torch allocates here and there does not matter.
@@ -65,7 +66,7 @@ def measured(rank: int, world_size: int, overrides: tuple[str, ...]) -> dict[str
     }
 
 
-@pytest.mark.parametrize("name", slow_but({"tensor", "pipeline_expert_zero"}, CASES))
+@pytest.mark.parametrize("name", CASES)
 def test_a_real_rank_needs_what_its_dry_run_said(name):
     world_size, overrides = CASES[name]
     overrides = (*WIDE, *overrides)

@@ -5,7 +5,8 @@ import io
 import json
 import os
 import signal
-import time
+import subprocess
+import sys
 from contextlib import contextmanager
 from urllib.parse import urlencode
 
@@ -13,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from megadit.pipeline import ECDiTPipeline
-from tests.commands import Command, run_python
+from tests.commands import run_python
+from tests.ranks import heed_interrupts
 
 TOOL = "tools/playground.py"
 PORTS = ("--port", "0")
@@ -22,15 +24,24 @@ PORTS = ("--port", "0")
 @contextmanager
 def opened(folder, *flags):
     """(host, port) of a playground of its own process, which ends well when it is interrupted."""
-    with Command([TOOL, folder, *PORTS, *flags], env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}) as command:
-        while not command.stdout.endswith("\n"):
-            assert command.poll() is None, command.stderr
-            time.sleep(0.01)
-        address = command.stdout
-        assert address.startswith("the playground is at http://127.0.0.1:"), address
-        yield "127.0.0.1", int(address.split("/ ")[0].rsplit(":")[-1])
-        command.send_signal(signal.SIGINT)
-        assert (command.wait(), command.stdout) == (0, f"{address}the playground has ended\n")
+    command = [sys.executable, TOOL, str(folder), *PORTS, *flags]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        preexec_fn=heed_interrupts,
+    )
+    try:
+        line = process.stdout.readline()
+        assert line.startswith("the playground is at http://127.0.0.1:"), line
+        yield "127.0.0.1", int(line.split("/ ")[0].rsplit(":")[-1])
+        process.send_signal(signal.SIGINT)
+        assert (process.stdout.read(), process.wait(120)) == ("the playground has ended\n", 0)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 def refusal(*argv):

@@ -44,6 +44,7 @@ def test_a_killed_holder_lets_go(holder, tmp_path):
     assert (tmp_path / "lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
+@pytest.mark.slow
 def test_ranks_end_with_a_killed_torchrun_and_the_run_goes_on(tmp_path):
     """torchrun is killed, not its ranks: they must not train on beside the run that is started next."""
     folder, metrics = tmp_path / "run", tmp_path / "run" / METRICS_FILE

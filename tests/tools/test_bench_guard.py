@@ -1,9 +1,12 @@
 """tools/bench_guard.py measures on processes of its own."""
 
+import pytest
+
 from tests.lost_ranks import CONFIG
 from tools.bench_guard import GUARDS, Setting, measure
 
 
+@pytest.mark.slow
 def test_every_guard_is_measured_in_pairs():
     rows = measure(Setting(CONFIG, ranks=2, rounds=2, steps=1))
     assert [row.name for row in rows] == list(GUARDS)

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from megadit.checkpoint.folder import latest
-from tests.commands import Command, run_python
+from tests.commands import run_python
 from tests.conversion.made import files_in, make_run
+from tests.ranks import heed_interrupts
 
 TOOL = "tools/convert_checkpoint.py"
 
@@ -294,14 +295,21 @@ def test_average_needs_two_sources(convert, run, tmp_path):
 
 def test_ctrl_c_leaves_nothing(tmp_path):
     make_run(tmp_path / "run", "model.width=256", "model.layers=24", "model.experts=8", kinds=("weight",))
-    with Command([TOOL, "export", tmp_path / "run", tmp_path / "out"]) as tool:
-        deadline = time.monotonic() + 60
-        while not list(tmp_path.glob("out.partial/*")):
-            assert tool.poll() is None, "it ended before it could be interrupted"
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        tool.send_signal(signal.SIGINT)
-        assert (tool.wait(60), tool.stderr) == (130, "convert_checkpoint: interrupted; nothing was written\n")
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    tool = subprocess.Popen(
+        [sys.executable, TOOL, "export", tmp_path / "run", tmp_path / "out"],
+        stderr=subprocess.PIPE,
+        env=environment,
+        preexec_fn=heed_interrupts,
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out.partial/*")):
+        assert tool.poll() is None, "it ended before it could be interrupted"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    tool.send_signal(signal.SIGINT)
+    errors = tool.communicate(timeout=60)[1].decode()
+    assert (tool.returncode, errors) == (130, "convert_checkpoint: interrupted; nothing was written\n")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 

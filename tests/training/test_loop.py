@@ -104,7 +104,7 @@ def test_looking_every_third_step_leaves_the_same_line_for_each(tmp_path):
 ZERO1 = ["run.dtype=float32", "zero.stage=1"]
 
 
-@pytest.mark.parametrize("overrides", slow_but([ZERO1], [[], ZERO1]), ids=["stage0", "stage1"])
+@pytest.mark.parametrize("overrides", slow_but([[]], [[], ZERO1]), ids=["stage0", "stage1"])
 def test_evaluating_drawing_and_saving_change_no_loss(overrides, tmp_path):
     quiet = train(tmp_path / "quiet", 1, *overrides)
     busy = train(tmp_path / "busy", 1, *overrides, *WATCHED)

@@ -165,11 +165,7 @@ DRILLS = [
 
 
 def params(pairs):
-    """The first is quick, the others are slow."""
-    marks = [(), *[pytest.mark.slow] * (len(pairs) - 1)]
-    return [
-        pytest.param(*pair, id=" to ".join(map(str, pair)), marks=mark) for pair, mark in zip(pairs, marks, strict=True)
-    ]
+    return [pytest.param(*pair, id=" to ".join(map(str, pair)), marks=pytest.mark.slow) for pair in pairs]
 
 
 def drills(pairs):

@@ -78,6 +78,7 @@ def test_asked_during_a_save_it_finishes_that_and_its_step(background, expected,
     goes_on(tmp_path, expected)
 
 
+@pytest.mark.slow
 def test_the_end_of_its_time_stops_a_run(expected, tmp_path):
     # The process has had its imports and its start before: what it has left is short, but not nothing.
     results = train_on(2, *COMMAND, *LAYOUT, f"run.dir={tmp_path}", "guard.time_limit=0.001")

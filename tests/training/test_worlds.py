@@ -41,6 +41,7 @@ def assert_same_course(found, expected):
         assert [line[key] for line in found] == pytest.approx(values, rel=2e-5, abs=0)
 
 
+@pytest.mark.slow
 def test_a_world_of_four_goes_on_as_two_and_as_four_again(tmp_path):
     expected = of_worlds(tmp_path / "straight", (4, 6))
     found = of_worlds(tmp_path / "moved", (4, 2), (2, 4), (4, 6))
