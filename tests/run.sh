@@ -103,8 +103,14 @@ run_rest() {
 
 stage set-up set_up
 case $tier in
-    quick) check && stage pytest run_tests "$@" ;;
-    all) check && stage pytest run_tests -m "not drill" "$@" ;;
+    quick)
+        check # not `check &&`, which would let its first stages fail unnoticed
+        stage pytest run_tests "$@"
+        ;;
+    all)
+        check
+        stage pytest run_tests -m "not drill" "$@"
+        ;;
     drills) stage drills run_tests -m drill --timeout 1800 "$@" ;;
     rest) stage "rest, share $share of 10" run_rest "$@" ;;
 esac
